@@ -1,0 +1,1 @@
+"""The service: API, logs, stores, sink, client, command line. Never imports torch."""

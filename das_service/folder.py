@@ -1,0 +1,127 @@
+"""Small files beside the tables, on a folder or an object store: written durably, read whole."""
+
+import contextlib
+import os
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pyarrow import fs
+
+
+def local_path(uri: str) -> Path | None:
+    """Give the path that a uri names on this machine, None for an object store.
+
+    Raises:
+        ValueError: The scheme is not one that we know.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "":
+        return Path(uri).expanduser().absolute()
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    if parts.scheme in {"s3", "s3a"}:
+        return None
+    raise ValueError(f"{uri!r} is not a path, file:// or s3://")
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file or a directory is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, durably."""
+    missing = []
+    current = path
+    while not current.exists():
+        missing.append(current)
+        current = current.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        fsync_path(directory.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file so that after any crash it holds the old or the new bytes, whole."""
+    make_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A root uri under which relative names are read and written."""
+
+    uri: str
+    storage_options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path | None:
+        """The root on this machine, None on an object store."""
+        return local_path(self.uri)
+
+    def uri_of(self, name: str) -> str:
+        """Give the full path or uri of a relative name."""
+        root = self.path
+        return f"{self.uri.rstrip('/')}/{name}" if root is None else str(root / name)
+
+    def read(self, name: str) -> bytes | None:
+        """Give a file's bytes, None if there is no such file."""
+        root = self.path
+        try:
+            if root is not None:
+                return (root / name).read_bytes()
+            filesystem, base = self._remote()
+            with filesystem.open_input_stream(f"{base}/{name}") as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file durably; on an object store a PUT is durable by itself."""
+        root = self.path
+        if root is not None:
+            write_durably(root / name, data)
+            return
+        filesystem, base = self._remote()
+        with filesystem.open_output_stream(f"{base}/{name}") as stream:
+            stream.write(data)
+
+    def _remote(self) -> tuple[fs.FileSystem, str]:
+        options = {key.lower().removeprefix("aws_"): value for key, value in self.storage_options.items()}
+        parts = urlsplit(self.uri)
+        endpoint = options.get("endpoint_url") or options.get("endpoint")
+        filesystem = fs.S3FileSystem(
+            access_key=options.get("access_key_id"),
+            secret_key=options.get("secret_access_key"),
+            session_token=options.get("session_token"),
+            region=options.get("region"),
+            endpoint_override=urlsplit(endpoint).netloc if endpoint else None,
+            scheme=urlsplit(endpoint).scheme if endpoint else "https",
+        )
+        return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def free_bytes(path: Path) -> int:
+    """Give the free bytes of the disk that a path, or its nearest existing parent, lies on."""
+    current = path
+    while not current.exists() and current != current.parent:
+        current = current.parent
+    stat = os.statvfs(current)
+    return stat.f_bavail * stat.f_frsize

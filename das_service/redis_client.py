@@ -1,0 +1,127 @@
+"""The connection to Redis or Valkey: scripts, what the server can do, and whether it keeps what it acknowledges."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, ResponseError
+from redis.retry import Retry
+
+from das_service.settings import Settings
+
+SOCKET_TIMEOUT_SECONDS = 10.0
+UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.BusyLoadingError)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One Lua script of das_service/lua."""
+
+    name: str
+    text: str
+    sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """Give the script of that name."""
+    text = files("das_service").joinpath("lua", f"{name}.lua").read_text()
+    return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptCall:
+    """One call of a script."""
+
+    script: Script
+    keys: Sequence[str | bytes]
+    args: Sequence[str | bytes | int]
+
+
+def connect(settings: Settings, *, on_connect: Callable[[], None] | None = None) -> redis.Redis:
+    """Give a client with short time-outs and no hidden retries; nothing is sent yet.
+
+    on_connect runs after each new connection is made and before it is used: the place to learn that the server may
+    have restarted.
+    """
+
+    def greet(connection: Any) -> None:  # noqa: ANN401 - redis-py names no type for it
+        connection.on_connect()
+        if on_connect is not None:
+            on_connect()
+
+    return redis.Redis.from_url(
+        settings.redis_url.get_secret_value(),
+        protocol=2,
+        socket_timeout=SOCKET_TIMEOUT_SECONDS,
+        socket_connect_timeout=2.0,
+        socket_keepalive=True,
+        retry=Retry(NoBackoff(), 0),
+        redis_connect_func=greet,
+    )
+
+
+def run_scripts(client: redis.Redis, calls: Sequence[ScriptCall]) -> list[Any]:
+    """Run the calls in one round trip and give their replies in order; an error reply stands in its place.
+
+    The scripts are sent by digest; a server that does not know one yet is told and asked again.
+
+    Raises:
+        redis.exceptions.ConnectionError: The server is gone; the calls may or may not have run.
+    """
+    replies = _evalsha(client, calls)
+    unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if unknown:
+        for text in {calls[i].script.text for i in unknown}:
+            client.script_load(text)
+        for i, reply in zip(unknown, _evalsha(client, [calls[i] for i in unknown]), strict=True):
+            replies[i] = reply
+    return replies
+
+
+def run_script(client: redis.Redis, name: str, keys: Sequence[str | bytes], args: Sequence[str | bytes | int]) -> Any:  # noqa: ANN401
+    """Run one script and give its reply.
+
+    Raises:
+        redis.exceptions.ResponseError: The script failed.
+    """
+    (reply,) = run_scripts(client, [ScriptCall(script(name), keys, args)])
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def _evalsha(client: redis.Redis, calls: Sequence[ScriptCall]) -> list[Any]:
+    pipeline = client.pipeline(transaction=False)
+    for call in calls:
+        pipeline.evalsha(call.script.sha, len(call.keys), *call.keys, *call.args)
+    return list(pipeline.execute(raise_on_error=False))
+
+
+def has_msetex(client: redis.Redis) -> bool:
+    """Give whether the server has MSETEX (Valkey >= 9.1, Redis >= 8.4)."""
+    probe = "local c = redis.call('COMMAND', 'INFO', 'MSETEX'); return c[1] and 1 or 0"
+    return bool(client.eval(probe, 0))
+
+
+def durability_problems(client: redis.Redis) -> list[str]:
+    """Give what keeps this server from holding what it acknowledges; empty when a 2xx may mean "on disk"."""
+    wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+    try:
+        actual = {_text(k): _text(v) for k, v in client.config_get(*wanted).items()}
+    except ResponseError as error:
+        return [f"its settings can't be read ({error})"]
+    return [
+        f"{name} is {actual.get(name, 'unknown')}, not {value}"
+        for name, value in wanted.items()
+        if actual.get(name) != value
+    ]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

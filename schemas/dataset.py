@@ -1,0 +1,150 @@
+"""A dataset: the union of the VM streams that share one table, declared once, grown only by nullable features."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from schemas.names import NAME_PATTERN, RESERVED_FEATURES
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+TIMESTAMP = pa.timestamp("us", "UTC")
+DIGEST = pa.binary(16)
+
+_GROWABLE = ("max_future_seconds", "max_age_days", "online_ttl_seconds", "dedup_window_seconds")
+
+
+class Feature(BaseModel):
+    """One input column of an example."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    type: Literal["float", "category", "category_list", "vector"]
+    value_type: Literal["string", "int64"] | None = None
+    nullable: bool = False
+    max_length: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    size: Annotated[int, Field(ge=1, le=65_536)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        wanted = {
+            "float": set(),
+            "category": {"value_type"},
+            "category_list": {"value_type", "max_length"},
+            "vector": {"size"},
+        }[self.type]
+        for field in ("value_type", "max_length", "size"):
+            if (getattr(self, field) is not None) != (field in wanted):
+                verb = "needs" if field in wanted else "takes no"
+                raise ValueError(f"feature {self.name!r}: a {self.type} {verb} {field}")
+        if self.name in RESERVED_FEATURES:
+            raise ValueError(f"feature {self.name!r}: the name is reserved for a column of the service")
+        return self
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """Type of the column in a log entry; a vector is its float32 values packed little-endian."""
+        value = pa.int64() if self.value_type == "int64" else pa.string()
+        if self.type == "float":
+            return pa.float64()
+        if self.type == "category":
+            return value
+        if self.type == "category_list":
+            return pa.list_(value)
+        return pa.binary(4 * (self.size or 0))
+
+
+class Task(BaseModel):
+    """One outcome that is awaited and predicted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    label_window_seconds: Annotated[int, Field(ge=0)]
+    negative_if_silent: bool = True
+
+
+class DatasetSpec(BaseModel):
+    """The declaration of a dataset (contract 2)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entity_key: tuple[Name, ...] = ()
+    features: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=4096)]
+    tasks: tuple[Task, ...] = ()
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 4
+    table_granularity: Literal["day", "week", "month"] = "day"
+    max_future_seconds: Annotated[int, Field(ge=0)] = 300
+    max_age_days: Annotated[int, Field(ge=1)] | None = None
+    online_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
+    dedup_window_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for kind, names in (("feature", [f.name for f in self.features]), ("task", [t.name for t in self.tasks])):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{kind} names repeat: {', '.join(repeated)}")
+        categories = {f.name for f in self.features if f.type == "category"}
+        for key in self.entity_key:
+            if key not in categories:
+                raise ValueError(f"entity_key {key!r} is not a category feature of this dataset")
+        return self
+
+    def feature(self, name: str) -> Feature | None:
+        """Give the feature of that name, None if there is none."""
+        return next((feature for feature in self.features if feature.name == name), None)
+
+
+def grow(stored: DatasetSpec, wanted: DatasetSpec) -> tuple[DatasetSpec, list[dict[str, object]]]:
+    """Give what `stored` becomes when `wanted` is declared over it, and the differences that forbid it.
+
+    Nullable features may be added (they go to the end, so that entries of the old schema stay readable) and limits
+    and windows may change; anything else is a difference `{"field", "stored", "declared"}` and nothing changes.
+    """
+    differences = list(_differences(stored, wanted))
+    if differences:
+        return stored, differences
+    known = {feature.name for feature in stored.features}
+    added = tuple(feature for feature in wanted.features if feature.name not in known)
+    changes: dict[str, object] = {field: getattr(wanted, field) for field in _GROWABLE}
+    return stored.model_copy(update={"features": stored.features + added, **changes}), []
+
+
+def _differences(stored: DatasetSpec, wanted: DatasetSpec) -> Iterator[dict[str, object]]:
+    for field in ("entity_key", "tasks", "partitions", "table_granularity"):
+        old, new = getattr(stored, field), getattr(wanted, field)
+        if old != new:
+            yield {"field": field, "stored": _plain(old), "declared": _plain(new)}
+    declared = {feature.name: feature for feature in wanted.features}
+    for feature in stored.features:
+        other = declared.pop(feature.name, None)
+        if other != feature:
+            yield {"field": f"features.{feature.name}", "stored": _plain(feature), "declared": _plain(other)}
+    for feature in declared.values():
+        if not feature.nullable:
+            yield {"field": f"features.{feature.name}", "stored": None, "declared": _plain(feature)}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_none=True)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def example_schema(spec: DatasetSpec, *, num_features: int | None = None) -> pa.Schema:
+    """Give the Arrow schema of an examples chunk in the log, with the first num_features features (default: all).
+
+    Columns: example_id, example_digest (16 bytes, keys.digest of the id), event_time, then the features.
+    """
+    features = spec.features if num_features is None else spec.features[:num_features]
+    head = [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("example_digest", DIGEST, nullable=False),
+        pa.field("event_time", TIMESTAMP, nullable=False),
+    ]
+    return pa.schema(head + [pa.field(f.name, f.arrow_type, nullable=f.nullable) for f in features])
