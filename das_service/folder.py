@@ -87,7 +87,7 @@ class Folder:
         try:
             if root is not None:
                 return (root / name).read_bytes()
-            filesystem, base = self._remote()
+            filesystem, base = self.remote()
             with filesystem.open_input_stream(f"{base}/{name}") as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
@@ -99,11 +99,12 @@ class Folder:
         if root is not None:
             write_durably(root / name, data)
             return
-        filesystem, base = self._remote()
+        filesystem, base = self.remote()
         with filesystem.open_output_stream(f"{base}/{name}") as stream:
             stream.write(data)
 
-    def _remote(self) -> tuple[fs.FileSystem, str]:
+    def remote(self) -> tuple[fs.FileSystem, str]:
+        """Give the object store and the root within it."""
         options = {key.lower().removeprefix("aws_"): value for key, value in self.storage_options.items()}
         parts = urlsplit(self.uri)
         endpoint = options.get("endpoint_url") or options.get("endpoint")

@@ -1,0 +1,332 @@
+"""One FM of one dataset at work: a reader thread that prefetches exactly one batch, and a device thread.
+
+The reader returns with whatever waits, so an idle device never waits for a batch to fill and a busy one gets bigger
+batches. The engine may be replaced between two batches; a batch keeps the engine that it was prepared with.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+from das_service.beats import Peer
+from das_service.redis_client import UNREACHABLE, connect
+from das_service.role import RoleContext
+from fm_inference.delivery import Delivery, Intake
+from fm_inference.engine import Prepared, Scored, TorchEngine
+from fm_inference.outputs import ModelOutputError
+from fm_inference.poison import RowsFailedError, resume_attempt, try_rows
+from fm_inference.publishing import Outcome, Published, Publisher, publish
+from fm_inference.rows import Rows, read_rows
+from schemas import keys
+from schemas.dataset import DatasetSpec
+
+log = logging.getLogger("das.worker")
+_BLOCK_MS = 500
+_RETRY_SECONDS = 0.2
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A snapshot that is ready: its engine, how its outputs are published, and the declaration they belong to."""
+
+    engine: TorchEngine
+    publisher: Publisher
+    spec: DatasetSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """The other processes as the worker's observer last saw them."""
+
+    by_instance: dict[str, Peer]
+    trust_absence: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    loaded: Loaded
+    rows: Rows
+    prepared: Prepared | None  # None: suspect, to be tried range by range
+
+
+class LaneStoppedError(Exception):
+    """The role is stopping; what is in hand stays pending and is taken over."""
+
+
+class Lane:
+    """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker."""
+
+    def __init__(self, context: RoleContext, *, dataset: str, fm: str, partitions: int) -> None:
+        self._context = context
+        self.dataset = dataset
+        self.fm = fm
+        self.loaded: Loaded | None = None
+        self.halted = ""
+        self.peers = Peers(by_instance={}, trust_absence=False)
+        self.rows_scored = 0
+        self.threads: list[threading.Thread] = []
+        self._reads = connect(context.settings)
+        self._client = connect(context.settings)
+        self._intake = Intake(
+            self._reads, dataset=dataset, fm=fm, partitions=partitions, consumer=context.instance,
+            batch_rows=context.settings.batch_rows,
+        )  # fmt: skip
+        self._queue: queue.Queue[_Work] = queue.Queue(maxsize=1)
+        self._stages = context.metrics.stage_seconds
+        self._retired = threading.Event()
+        self._looked_at = 0.0
+
+    @property
+    def name(self) -> str:
+        """Names the lane in beats and messages."""
+        return f"{self.dataset}/{self.fm}"
+
+    def retire(self) -> None:
+        """End the lane's threads: its FM is gone."""
+        self._retired.set()
+
+    def resume(self) -> None:
+        """Go on after a halt: the logs agree with the tables again."""
+        self._intake.recheck()
+        self.halted = ""
+
+    def is_stopping(self) -> bool:
+        """Give whether to take no more work."""
+        return self._context.stopping.is_set() or self._retired.is_set()
+
+    # ---- reader thread
+
+    def read_until_stopped(self) -> None:
+        """Read, leave out what is known, make tensors, hand over."""
+        while not self.is_stopping():
+            loaded = self.loaded
+            if loaded is None or self.halted:
+                self._context.stopping.wait(_RETRY_SECONDS)
+                continue
+            try:
+                self._take_over(loaded)
+                deliveries = self._intake.read(block_ms=_BLOCK_MS)
+                if deliveries:
+                    self._hand_over(self.loaded or loaded, deliveries, suspect=False)
+            except UNREACHABLE as error:
+                self._wait_for_server(error)
+            except redis.exceptions.ResponseError as error:
+                self._halt(error)
+            except LaneStoppedError:
+                return
+
+    def _take_over(self, loaded: Loaded) -> None:
+        """Once a second, go on with what dead peers hold, entry by entry."""
+        if time.monotonic() - self._looked_at < 1.0:
+            return
+        self._looked_at = time.monotonic()
+        peers = self.peers
+        for delivery in self._intake.take_over(peers.by_instance, trust_absence=peers.trust_absence):
+            self._hand_over(loaded, [delivery], suspect=True)
+
+    def _hand_over(self, loaded: Loaded, deliveries: Sequence[Delivery], *, suspect: bool) -> None:
+        try:
+            with self._timed("read"):
+                rows = read_rows(self._reads, self.dataset, self.fm, loaded.spec, deliveries)
+            prepared = None
+            if not suspect:
+                with self._timed("prepare"):
+                    prepared = loaded.engine.prepare(rows.selected())
+        except (*UNREACHABLE, redis.exceptions.ResponseError):
+            self._intake.finished(deliveries)
+            raise
+        except Exception:
+            if suspect:
+                raise
+            log.exception("%s: a batch can't be prepared; its entries are tried one by one", self.name)
+            for delivery in deliveries:
+                self._hand_over(loaded, [delivery], suspect=True)
+            return
+        self._put(_Work(loaded=loaded, rows=rows, prepared=prepared))
+
+    def _put(self, work: _Work) -> None:
+        while not self.is_stopping():
+            try:
+                self._queue.put(work, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+        raise LaneStoppedError
+
+    def _wait_for_server(self, error: Exception) -> None:
+        log.warning("%s: the server can't be reached (%s); trying again", self.name, error)
+        self._intake.recheck()
+        self._context.stopping.wait(_RETRY_SECONDS)
+
+    def _halt(self, error: Exception) -> None:
+        """Stop reading: the group or the log is gone; the worker lifts it when the logs agree with the tables."""
+        log.error("%s: %s", self.name, error)
+        self.halted = f"the log can't be read ({error})"
+        self._intake.recheck()
+
+    # ---- device thread
+
+    def score_until_stopped(self) -> None:
+        """Run the model and publish, batch by batch; what was taken is finished before the thread ends."""
+        while True:
+            try:
+                work = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                if self.is_stopping():
+                    return
+                continue
+            try:
+                self._score(work)
+            except LaneStoppedError:
+                return
+
+    def _score(self, work: _Work) -> None:
+        deliveries = work.rows.deliveries
+        if work.prepared is None:
+            self._score_suspect(work)
+            return
+        try:
+            scored = self._forward(work.loaded, work.prepared)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises
+            log.warning("%s: the model failed on %d rows (%s)", self.name, work.prepared.num_rows, _line(error))
+            work.loaded.engine.warm_up()  # a broken device raises here, which ends the process
+            for i in range(len(deliveries)):
+                self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
+            return
+        outcomes = []
+        for i, delivery in enumerate(deliveries):
+            lo, hi = int(work.rows.bounds[i]), int(work.rows.bounds[i + 1])
+            first, last = np.searchsorted(work.rows.wanted, [lo, hi])
+            outcomes.append(
+                Outcome(
+                    delivery=delivery,
+                    columns=work.rows.columns,
+                    scored_rows=work.rows.wanted[first:last],
+                    scored=_part(scored, first, last),
+                    failed={},
+                )
+            )
+        self._publish(work.loaded, outcomes)
+
+    def _forward(self, loaded: Loaded, prepared: Prepared) -> Scored:
+        metrics = self._context.metrics
+        with self._timed("forward"):
+            scored = loaded.engine.finish(loaded.engine.forward(prepared))
+        metrics.batch_rows.labels(self.dataset, self.fm).observe(prepared.num_rows)
+        metrics.forward_rows.labels(self.dataset, self.fm, loaded.publisher.snapshot_id).inc(prepared.num_rows)
+        return scored
+
+    def _score_suspect(self, work: _Work) -> None:
+        """Try one entry range by range, writing each down before its forward; then score what is left and publish."""
+        (delivery,) = work.rows.deliveries
+        key = keys.attempts(self.dataset, delivery.partition, self.fm)
+        entry_id = delivery.entry.position.entry_id
+        loaded, columns = work.loaded, work.rows.columns
+        attempt = resume_attempt(self._patiently(lambda: self._client.hget(key, entry_id)), columns.num_rows)
+        done: list[tuple[NDArray[np.int64], Scored]] = []
+
+        def forward(rows: NDArray[np.int64]) -> None:
+            try:
+                done.append((rows, self._forward(loaded, loaded.engine.prepare(columns.take(rows)))))
+            except ModelOutputError as error:
+                if error.rows:
+                    raise RowsFailedError(str(error)[:500], error.rows) from error
+                raise
+            except Exception:
+                loaded.engine.warm_up()
+                raise
+
+        failed = try_rows(
+            attempt,
+            work.rows.wanted,
+            note=lambda a: self._patiently(lambda: self._client.hset(key, entry_id, a.to_json())),
+            forward=forward,
+        )
+        tried = np.concatenate([rows for rows, _ in done] or [np.zeros(0, np.int64)])
+        left = np.array([r for r in np.setdiff1d(work.rows.wanted, tried) if int(r) not in failed], np.int64)
+        if len(left) or not done:  # ranges that an earlier process found good
+            done.append((left, self._forward(loaded, loaded.engine.prepare(columns.take(left)))))
+        rows, scored = _joined(done)
+        if failed:
+            log.error("%s: %d rows of entry %s go to the dead letters", self.name, len(failed), entry_id)
+        outcome = Outcome(delivery=delivery, columns=columns, scored_rows=rows, scored=scored, failed=failed)
+        self._publish(loaded, [outcome])
+
+    def _publish(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> None:
+        with self._timed("publish"):
+            results = self._patiently(lambda: publish(self._client, loaded.publisher, outcomes))
+        self._intake.finished(outcome.delivery for outcome in outcomes)
+        for outcome, result in zip(outcomes, results, strict=True):
+            if result is Published.DONE:
+                self.rows_scored += len(outcome.scored_rows)
+                continue
+            self._context.metrics.wasted_rows.labels(self.dataset, self.fm).inc(len(outcome.scored_rows))
+            if result in {Published.LOST, Published.OTHER_EPOCH}:
+                self.halted = "the log does not agree with the tables; run `das recover`"
+            if result is not Published.NOT_OURS:
+                self._intake.recheck()
+        if Published.WITHDRAWN in results:  # the worker is about to load what is active now
+            self._context.stopping.wait(_RETRY_SECONDS)
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        """Give what a call to the server gives, however often the server goes away meanwhile.
+
+        Raises:
+            LaneStoppedError: The role stops and the server is away.
+        """
+        while True:
+            try:
+                return call()
+            except UNREACHABLE as error:
+                if self.is_stopping():
+                    raise LaneStoppedError from error
+                log.warning("%s: the server can't be reached (%s); trying again", self.name, error)
+                self._intake.recheck()
+                self._context.stopping.wait(_RETRY_SECONDS)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._stages.labels("worker", stage).observe(time.perf_counter() - start)
+
+
+def _part(scored: Scored, first: int, last: int) -> Scored:
+    return Scored(
+        logits={name: values[first:last] for name, values in scored.logits.items()},
+        embeddings={name: values[first:last] for name, values in scored.embeddings.items()},
+    )
+
+
+def _joined(parts: Sequence[tuple[NDArray[np.int64], Scored]]) -> tuple[NDArray[np.int64], Scored]:
+    """Give rows in ascending order with their outputs."""
+    rows = np.concatenate([rows for rows, _ in parts])
+    order = np.argsort(rows, kind="stable")
+    logits = {name: np.concatenate([s.logits[name] for _, s in parts])[order] for name in parts[0][1].logits}
+    vectors = {name: np.concatenate([s.embeddings[name] for _, s in parts])[order] for name in parts[0][1].embeddings}
+    return rows[order], Scored(logits=logits, embeddings=vectors)
+
+
+def _one_delivery(rows: Rows, i: int) -> Rows:
+    lo, hi = int(rows.bounds[i]), int(rows.bounds[i + 1])
+    wanted = rows.wanted[(rows.wanted >= lo) & (rows.wanted < hi)] - lo
+    return Rows(
+        deliveries=(rows.deliveries[i],),
+        columns=rows.columns.slice(lo, hi - lo),
+        wanted=wanted,
+        bounds=np.array([0, hi - lo]),
+    )
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

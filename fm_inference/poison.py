@@ -1,0 +1,98 @@
+"""Rows that a model fails on, told apart from their neighbours by trying ever smaller ranges.
+
+A model may raise, give no number, or end the process. Before each forward over a suspect entry the range is written
+down; whoever takes the entry over after a death knows which range was being tried, tries its parts, and so comes down
+to single rows, while every other row is scored. A device that fails on an empty question too is broken, and nothing is
+held against the rows.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Range = tuple[int, int]
+_PARTS = 8
+ENDED_THE_PROCESS = "the model ended the process on this row"
+
+
+@dataclass(slots=True)
+class Attempt:
+    """How far the trial of one entry is. todo: ranges not known to be good; trying: the one a forward is running on."""
+
+    todo: list[Range]
+    trying: Range | None = None
+    killers: list[int] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Give what the server keeps."""
+        return json.dumps({"todo": self.todo, "trying": self.trying, "killers": self.killers})
+
+
+def resume_attempt(text: bytes | None, num_rows: int) -> Attempt:
+    """Give the attempt to go on with: a new one, or what a process that died left behind."""
+    if text is None:
+        return Attempt(todo=[(0, num_rows)])
+    record = json.loads(text)
+    attempt = Attempt(todo=[(lo, hi) for lo, hi in record["todo"]], killers=list(record["killers"]))
+    if record["trying"] is not None:
+        lo, hi = record["trying"]
+        if hi - lo == 1:
+            attempt.killers.append(lo)
+        else:
+            attempt.todo = split(lo, hi) + attempt.todo
+    return attempt
+
+
+def split(lo: int, hi: int) -> list[Range]:
+    """Give up to eight parts of a range of two or more rows."""
+    edges = np.unique(np.linspace(lo, hi, min(_PARTS, hi - lo) + 1).astype(int)).tolist()
+    return list(pairwise(edges))
+
+
+class RowsFailedError(Exception):
+    """The model answered, and these rows (places in the rows asked about) have no usable answer, all for a reason."""
+
+    def __init__(self, reason: str, rows: tuple[int, ...]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.rows = rows
+
+
+def try_rows(
+    attempt: Attempt,
+    wanted: NDArray[np.int64],
+    *,
+    note: Callable[[Attempt], None],
+    forward: Callable[[NDArray[np.int64]], None],
+) -> dict[int, str]:
+    """Find the rows of an entry that the model fails on; give row -> reason.
+
+    wanted: rows to score, ascending. note stores the attempt before each forward; forward raises what the model raises,
+    RowsFailedError where it is known which rows are at fault.
+    """
+    failed = dict.fromkeys(attempt.killers, ENDED_THE_PROCESS)
+    while attempt.todo:
+        lo, hi = attempt.todo.pop(0)
+        rows = np.array([row for row in wanted[(wanted >= lo) & (wanted < hi)] if int(row) not in failed], np.int64)
+        if len(rows) == 0:
+            continue
+        attempt.trying = (lo, hi)
+        note(attempt)
+        try:
+            forward(rows)
+        except RowsFailedError as error:
+            failed.update({int(rows[place]): error.reason for place in error.rows})
+            attempt.todo.insert(0, (lo, hi))
+        except Exception as error:  # noqa: BLE001 - whatever a model raises is held against its rows
+            if len(rows) == 1:
+                failed[int(rows[0])] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
+                    :500
+                ]
+            else:
+                attempt.todo = split(int(rows[0]), int(rows[-1]) + 1) + attempt.todo
+        attempt.trying = None
+    return failed

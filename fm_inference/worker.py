@@ -1,0 +1,234 @@
+"""The worker role: one process per device, a lane per FM, engines that follow the registry without a restart.
+
+Stateless: what it holds is pending in the logs. The manager thread alone loads engines and starts lanes; the validator
+thread runs new snapshots in a child process first.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from das_service.beats import Observer, instance_name
+from das_service.errors import DasError
+from das_service.folder import Folder
+from das_service.logs import LogProblem, check_logs, read_logs_file
+from das_service.metrics import Metrics
+from das_service.redis_client import UNREACHABLE, connect, has_msetex
+from das_service.registry import Catalog, FmRecord, Registry, read_catalog, read_revision
+from das_service.role import RoleContext, run_role
+from das_service.settings import Settings
+from das_service.snapshot_folder import SnapshotError
+from fm_inference.lane import Lane, Loaded, Peers
+from fm_inference.publishing import Publisher, microseconds
+from fm_inference.repository import Repository
+from fm_inference.validator import validate_next
+
+log = logging.getLogger("das.worker")
+_POLL_SECONDS = 0.2
+_LOOK_SECONDS = 1.0
+_RETRY_LOAD_SECONDS = 5.0
+
+
+class Worker:
+    """Keeps a lane for each declared FM and gives it the active snapshot."""
+
+    def __init__(self, context: RoleContext) -> None:
+        settings = context.settings
+        self._context = context
+        self._tables = Folder(settings.tables_uri, settings.storage_options)
+        self._repository = Repository(Folder(settings.snapshots_uri, settings.storage_options))
+        self._registry = Registry(connect(settings), self._tables)
+        self._observer = Observer(dead_after_seconds=settings.dead_after_seconds)
+        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._failures: dict[tuple[str, str], tuple[float, str]] = {}
+        self._peers = Peers(by_instance={}, trust_absence=False)
+        self._catalog: Catalog | None = None
+        self._away = ""
+        self._started_at = time.monotonic()
+        self._died = threading.Event()
+
+    # ---- what others see
+
+    def problems(self) -> list[str]:
+        """Give what keeps this worker from scoring, in plain words."""
+        found = [self._away] if self._away else []
+        found += [f"{lane.name}: {lane.halted}" for lane in self._lanes.values() if lane.halted]
+        found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in self._failures.items()]
+        return found
+
+    def info(self) -> dict[str, Any]:
+        """Give what goes into the beats."""
+        lanes = {
+            lane.name: {
+                "snapshot": lane.loaded.publisher.snapshot_id if lane.loaded else None,
+                "device": str(lane.loaded.engine.device) if lane.loaded else None,
+                "rows_scored": lane.rows_scored,
+                "halted": lane.halted,
+            }
+            for lane in list(self._lanes.values())
+        }
+        return {"fms": sorted(lanes), "lanes": lanes, "problems": self.problems()}
+
+    # ---- manager thread
+
+    def manage_until_stopped(self) -> None:
+        """Follow the registry: start lanes, load engines, lift halts; watch the peers."""
+        looked_at = 0.0
+        while not self._context.stopping.is_set():
+            try:
+                if time.monotonic() - looked_at >= _LOOK_SECONDS:
+                    looked_at = time.monotonic()
+                    self._look()
+                self._follow()
+                self._away = ""
+            except UNREACHABLE as error:
+                self._away = f"the server can't be reached ({error})"
+            except DasError as error:
+                self._away = error.detail
+            if self._died.is_set():
+                raise RuntimeError("a lane's thread died")
+            self._context.stopping.wait(_POLL_SECONDS)
+        self._join_lanes()
+        self._repository.close()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        by_instance = self._observer.look(self._context.client, now=now)
+        watched_enough = now - self._started_at > 2 * self._context.settings.dead_after_seconds
+        self._peers = Peers(by_instance=by_instance, trust_absence=watched_enough)
+        for lane in self._lanes.values():
+            lane.peers = self._peers
+            if lane.halted:
+                self._lift_halt(lane)
+
+    def _lift_halt(self, lane: Lane) -> None:
+        problems: list[LogProblem] = check_logs(self._context.client, self._tables, lane.dataset)
+        if not problems and self._catalog is not None:
+            self._load(self._catalog, lane.dataset, self._catalog.fm(lane.dataset, lane.fm), again=True)
+            lane.resume()
+
+    def _follow(self) -> None:
+        if self._catalog is None or read_revision(self._context.client) != self._catalog.revision:
+            self._catalog = read_catalog(self._context.client)
+        for dataset, record in self._catalog.iter_fms():
+            if (dataset, record.fm) not in self._lanes:
+                self._start_lane(self._catalog, dataset, record.fm)
+            self._load(self._catalog, dataset, record, again=False)
+
+    def _start_lane(self, catalog: Catalog, dataset: str, fm: str) -> None:
+        lane = Lane(self._context, dataset=dataset, fm=fm, partitions=catalog.spec(dataset).partitions)
+        lane.peers = self._peers
+        self._lanes[dataset, fm] = lane
+        for name, target in (("read", lane.read_until_stopped), ("score", lane.score_until_stopped)):
+            thread = threading.Thread(target=self._guard, args=(lane, target), name=f"{name} {lane.name}", daemon=True)
+            lane.threads.append(thread)
+            thread.start()
+
+    def _guard(self, lane: Lane, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException:
+            log.exception("%s: a thread died", lane.name)
+            self._died.set()
+
+    def _join_lanes(self) -> None:
+        for lane in self._lanes.values():
+            for thread in lane.threads:
+                thread.join()
+
+    def _load(self, catalog: Catalog, dataset: str, record: FmRecord, *, again: bool) -> None:
+        """Give the lane what the registry says is active; the one in use stays until the new one is warm."""
+        lane = self._lanes[dataset, record.fm]
+        key, now = (dataset, record.fm), time.monotonic()
+        failed_at, _ = self._failures.get(key, (-_RETRY_LOAD_SECONDS, ""))
+        if record.active is None or now - failed_at < _RETRY_LOAD_SECONDS:
+            return
+        logs = read_logs_file(self._tables, dataset) if lane.loaded is None or again else None
+        epoch = logs.epoch if logs is not None else (lane.loaded.publisher.epoch if lane.loaded else None)
+        if epoch is None:
+            return
+        wanted = self._publisher(catalog, dataset, record, epoch)
+        if lane.loaded is not None and (lane.loaded.publisher, lane.loaded.spec) == (wanted, catalog.spec(dataset)):
+            return
+        try:
+            engine = self._engine(catalog, dataset, record, lane)
+        except (SnapshotError, OSError) as error:
+            self._failures[key] = (now, f"snapshot {record.active} can't be loaded: {error}")
+            log.warning("%s: %s", lane.name, self._failures[key][1])
+            return
+        self._failures.pop(key, None)
+        lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
+        log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
+
+    def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> Any:  # noqa: ANN401
+        if lane.loaded is not None and lane.loaded.publisher.snapshot_id == record.active:
+            return lane.loaded.engine
+        settings = self._context.settings
+        snapshot = catalog.snapshot(dataset, record.fm, record.active or "")
+        return self._repository.load(snapshot, device=settings.device, bf16=settings.bf16)
+
+    def _publisher(self, catalog: Catalog, dataset: str, record: FmRecord, epoch: int) -> Publisher:
+        snapshot = catalog.snapshot(dataset, record.fm, record.active or "")
+        if record.outputs is None or snapshot.trained_through is None:
+            raise RuntimeError(f"{dataset}/{record.fm}: snapshot {record.active} is active and was never validated")
+        return Publisher(
+            dataset=dataset,
+            fm=record.fm,
+            consumer=self._context.instance,
+            snapshot_id=snapshot.snapshot_id,
+            snapshot_number=record.snapshots.index(snapshot.snapshot_id),
+            trained_through_us=microseconds(snapshot.trained_through),
+            generation=record.generation,
+            epoch=epoch,
+            ttl_seconds=catalog.spec(dataset).online_ttl_seconds,
+            outputs=record.outputs,
+            has_msetex=self._msetex(),
+        )
+
+    def _msetex(self) -> bool:
+        if self._has_msetex is None:
+            self._has_msetex = has_msetex(self._context.client)
+        return self._has_msetex
+
+    _has_msetex: bool | None = None
+
+    # ---- validator thread
+
+    def validate_until_stopped(self) -> None:
+        """Validate registered snapshots as they come."""
+        while not self._context.stopping.is_set():
+            catalog, found = self._catalog, False
+            if catalog is not None:
+                try:
+                    found = validate_next(
+                        self._registry,
+                        self._repository,
+                        catalog,
+                        instance=self._context.instance,
+                        peers=self._peers.by_instance,
+                        device=self._context.settings.device,
+                    )
+                except UNREACHABLE:
+                    log.warning("the server can't be reached to validate snapshots")
+                except DasError as error:
+                    log.warning("%s", error.detail)
+            if not found:
+                self._context.stopping.wait(_POLL_SECONDS)
+            else:  # let the manager see the new revision before looking again
+                self._context.stopping.wait(2 * _POLL_SECONDS)
+
+
+def main(settings: Settings) -> int:
+    """Run a worker until SIGTERM; give the exit code."""
+    context = RoleContext(
+        settings,
+        role="worker",
+        instance=instance_name(settings, "worker"),
+        client=connect(settings),
+        metrics=Metrics("worker"),
+    )
+    worker = Worker(context)
+    threads = {"manager": worker.manage_until_stopped, "validator": worker.validate_until_stopped}
+    return run_role(context, threads, health=worker.problems, info=worker.info)
