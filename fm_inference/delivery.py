@@ -49,7 +49,7 @@ class Intake:
         self._group = keys.group(fm)
         self._consumer = consumer
         self._batch_rows = batch_rows
-        self._rows_per_entry = 1.0
+        self._rows_per_entry = float(batch_rows)
         self._streams = {
             keys.log(dataset, partition, kind): (partition, kind)
             for partition in range(partitions)
@@ -57,6 +57,7 @@ class Intake:
         }
         self._in_hand: set[tuple[int, str, str]] = set()
         self._lock = threading.Lock()
+        self._own_from: dict[str, str] = {}
         self._recheck = threading.Event()
         self._recheck.set()
 
@@ -76,10 +77,12 @@ class Intake:
             redis.exceptions.ConnectionError: The server is gone; call recheck() before the next read.
         """
         if self._recheck.is_set():
-            own = self._read(dict.fromkeys(self._streams, "0"), block_ms=None)
+            self._recheck.clear()
+            self._own_from = dict.fromkeys(self._streams, "0")
+        while self._own_from:  # what is in hand already is passed by, so an empty answer is not yet the end
+            own = self._read(self._own_from, block_ms=None)
             if own:
                 return own
-            self._recheck.clear()
         return self._read(dict.fromkeys(self._streams, ">"), block_ms=block_ms)
 
     def take_over(self, peers: Mapping[str, Peer], *, trust_absence: bool) -> list[Delivery]:
@@ -108,12 +111,22 @@ class Intake:
             self._group, self._consumer, dict(positions), count=min(max(count, 1), _MOST_ENTRIES), block=block_ms
         )
         deliveries: list[Delivery] = []
-        for stream, pairs in reply or []:
-            deliveries += self._deliveries(stream.decode(), pairs, suspect=False)
+        for name, pairs in reply or []:
+            stream = name.decode()
+            deliveries += self._deliveries(stream, pairs, suspect=False)
+            if stream in self._own_from:
+                self._go_on(stream, pairs)
         if deliveries:
             rows = sum(d.entry.num_rows for d in deliveries) / len(deliveries)
-            self._rows_per_entry = 0.7 * self._rows_per_entry + 0.3 * rows
+            self._rows_per_entry = max(rows, 0.5 * self._rows_per_entry)  # the count grows slowly and falls at once
         return deliveries
+
+    def _go_on(self, stream: str, pairs: Sequence[tuple[bytes, Any]]) -> None:
+        """Remember how far our own unfinished entries of a stream are read; an empty answer ends them."""
+        if pairs:
+            self._own_from[stream] = pairs[-1][0].decode()
+        else:
+            del self._own_from[stream]
 
     def _deliveries(
         self, stream: str, pairs: Sequence[tuple[bytes, Mapping[bytes, bytes] | None]], *, suspect: bool
