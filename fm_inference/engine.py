@@ -5,6 +5,7 @@ Shapes: B rows, D values of an embedding, W bytes of it encoded.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.export.passes import move_to_device_pass
 
 from das_service.snapshot_folder import SnapshotError
 from fm_inference.archive import check_archive
-from fm_inference.features import build_tensors
+from fm_inference.features import build_tensors, tensor_names
 from fm_inference.outputs import ModelOutputError, all_finite, first_line, named_outputs, not_finite_error
 from fm_inference.program import program_inputs, zero_inputs
 from fm_inference.vocabulary import Vocabulary, VocabularyError, read_vocabulary
@@ -61,7 +62,11 @@ class Scored:
 
 
 class TorchEngine:
-    """One snapshot's exported program on one device."""
+    """One snapshot's exported program on one device.
+
+    Raises:
+        SnapshotError: The program takes other tensors or fewer rows than its manifest says.
+    """
 
     def __init__(
         self,
@@ -77,6 +82,12 @@ class TorchEngine:
         self._vocabularies = vocabularies
         self._bf16 = bf16
         self._inputs = program_inputs(program)
+        given = set(tensor_names(manifest.inputs))
+        if set(self._inputs) != given:
+            raise SnapshotError([f"the model takes {sorted(self._inputs)} and the manifest gives {sorted(given)}"])
+        most = min(shape.max_rows for shape in self._inputs.values())
+        if manifest.max_batch > most:
+            raise SnapshotError([f"max_batch is {manifest.max_batch} and the model takes at most {most} rows"])
         self._module = move_to_device_pass(program, device).module()
 
     def prepare(self, columns: pa.RecordBatch | pa.Table) -> Prepared:
@@ -159,7 +170,7 @@ class TorchEngine:
             host_logits={task: _pinned_copy(logit_B) for task, logit_B in logits.items()},
             host_embeddings={name: _pinned_copy(packed_BW) for name, packed_BW in packed.items()},
             finite=_pinned_copy(finite),
-            done=torch.cuda.Event(),  # type: ignore[no-untyped-call]
+            done=torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call] # waits without spinning
         )
         if copies.done is not None:
             copies.done.record(torch.cuda.current_stream(self.device))
@@ -196,10 +207,13 @@ def load_engine(folder: Path, manifest: Manifest, *, device: str = "auto", bf16:
     check_archive(folder / MODEL_FILE)
     vocabularies = read_vocabularies(folder, manifest)
     try:
-        with _weights_only():
+        with _weights_only(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.11 says that the archive's bytes are not writable; nobody writes
             program = torch.export.load(str(folder / MODEL_FILE))
         engine = TorchEngine(program, manifest, vocabularies, device=choose_device(device), bf16=bf16)
         engine.warm_up()
+    except SnapshotError:
+        raise
     except ModelOutputError as error:
         raise SnapshotError(error.reasons) from error
     except Exception as error:  # torch names no family of errors for what a program may do

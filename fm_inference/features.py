@@ -60,6 +60,12 @@ def build_tensors(
     return tensors
 
 
+def tensor_names(inputs: Sequence[Input]) -> list[str]:
+    """Give the names of all tensors that build_tensors makes for these inputs, masks too."""
+    masks = [wanted.encode.mask for wanted in inputs if not isinstance(wanted.encode, FloatEncode)]
+    return [wanted.tensor for wanted in inputs] + [mask for mask in masks if mask is not None]
+
+
 class _Columns:
     """The columns of one call; hashes of a feature that several tensors use are computed once."""
 

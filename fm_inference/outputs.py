@@ -32,10 +32,12 @@ def named_outputs(
     A logit may come as (B, 1). Any floating dtype is taken.
 
     Raises:
-        ModelOutputError: A tensor is absent, or has another shape or no floating dtype.
+        ModelOutputError: It is no flat dict of tensors, or one is absent, of another shape or of no floating dtype.
     """
     if not isinstance(raw, Mapping):
         raise ModelOutputError([f"the model returns a {type(raw).__name__}, not a dict of tensors"])
+    if any(not isinstance(value, torch.Tensor) for value in raw.values()):
+        raise ModelOutputError(["the model must return a flat dict of tensors, and nothing else in it"])
     wanted: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
     for task, tensor in outputs.logits.items():
         wanted[f"logit {task!r}"] = (tensor, [(num_rows,), (num_rows, 1)])
@@ -49,8 +51,8 @@ def named_outputs(
     return logits, embeddings
 
 
-def _problem(what: str, tensor: str, value: object, shapes: list[tuple[int, ...]]) -> str | None:
-    if not isinstance(value, torch.Tensor):
+def _problem(what: str, tensor: str, value: torch.Tensor | None, shapes: list[tuple[int, ...]]) -> str | None:
+    if value is None:
         return f"{what}: the model returns no tensor {tensor!r}"
     if not value.is_floating_point():
         return f"{what}: tensor {tensor!r} holds {value.dtype}, not floating-point numbers"

@@ -6,27 +6,29 @@ from dataclasses import dataclass
 import torch
 from torch.export import ExportedProgram
 
+_UNBOUNDED = 2**31
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorShape:
-    """One keyword tensor: its dtype, and its shape without the batch dimension."""
+    """One keyword tensor: its dtype, its shape without the batch dimension, and the most rows it may have."""
 
     dtype: torch.dtype
     tail: tuple[int, ...]
-    is_dynamic: bool
+    max_rows: int
 
 
 def program_inputs(program: ExportedProgram) -> dict[str, TensorShape]:
     """Give the keyword tensors that a program takes, in its order.
 
     Raises:
-        ValueError: It takes positional arguments, or something that is no tensor with a batch dimension.
+        ValueError: It takes positional arguments, or something that is no tensor with a free batch dimension alone.
     """
     positional, keywords = program.call_spec.in_spec.children()
     if positional.num_leaves or keywords.num_leaves != len(keywords.context):
         raise ValueError("the model takes something else than keyword tensors")
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    shapes = {}
+    shapes: dict[str, TensorShape] = {}
     for keyword, placeholder in zip(keywords.context, program.graph_signature.user_inputs, strict=True):
         value = values.get(str(placeholder))
         if not isinstance(value, torch.Tensor) or value.dim() < 1:
@@ -34,7 +36,11 @@ def program_inputs(program: ExportedProgram) -> dict[str, TensorShape]:
         batch, *tail = value.shape
         if any(isinstance(size, torch.SymInt) for size in tail):
             raise ValueError(f"tensor {keyword!r}: only the batch dimension may vary")
-        shapes[keyword] = TensorShape(dtype=value.dtype, tail=tuple(tail), is_dynamic=isinstance(batch, torch.SymInt))
+        if not isinstance(batch, torch.SymInt):
+            raise ValueError(f"tensor {keyword!r}: the model fixes the number of rows to {batch}")  # noqa: TRY004
+        bounds = program.range_constraints.get(batch.node.expr)
+        max_rows = _UNBOUNDED if bounds is None or not bounds.upper.is_finite else int(bounds.upper)
+        shapes[keyword] = TensorShape(dtype=value.dtype, tail=tuple(tail), max_rows=max_rows)
     return shapes
 
 

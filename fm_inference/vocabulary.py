@@ -19,13 +19,19 @@ class VocabularyError(ValueError):
 
 
 class Vocabulary:
-    """The index of each known value; built once and used for many chunks."""
+    """The index of each known value; built once and used for many chunks.
+
+    Raises:
+        VocabularyError: A value is there twice, or holds a line break and so has no line of its own.
+    """
 
     def __init__(self, values: Iterable[str | int]) -> None:
         self.values: Sequence[str] = tuple(str(value) for value in values)
         self._index = {value: place for place, value in enumerate(self.values, start=1)}
         if len(self._index) != len(self.values):
             raise VocabularyError("a vocabulary names a value twice")
+        if any("\n" in value for value in self.values):
+            raise VocabularyError("a vocabulary's values hold a line break; such values need a hash")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -38,14 +44,7 @@ class Vocabulary:
         return take_indexed(np.array(places, dtype=np.int64), encoded.indices)
 
     def to_bytes(self) -> bytes:
-        """Give the file's content.
-
-        Raises:
-            VocabularyError: A value holds a line break.
-        """
-        broken = [value for value in self.values if "\n" in value]
-        if broken:
-            raise VocabularyError(f"{len(broken)} values hold a line break; such values need a hash")
+        """Give the file's content."""
         return "".join(value + "\n" for value in self.values).encode()
 
 

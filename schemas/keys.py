@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 REGISTRY = "das:registry"
 REGISTRY_LOG = "das:registry:audit"
 BEATS = "das:beats"
+COMPACT = "das:compact"  # hash: dataset -> request of `das compact` that the sink has not met yet
 PROBE = "das:probe"
 
 

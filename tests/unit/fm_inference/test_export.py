@@ -164,33 +164,31 @@ def test_a_module_may_gather_its_tensors(tmp_path: Path, spec: DatasetSpec) -> N
     assert (tmp_path / "s" / MODEL_FILE).exists()
 
 
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        (lambda m, d, c: d[:, 0], "the model returns a Tensor, not a dict of tensors"),
-        (lambda m, d, c: {"logit": d[:, 0]}, "embedding 'hidden': the model returns no tensor 'z'"),
-        (lambda m, d, c: {"logit": d[:, 0], "z": d}, r"tensor 'z' has shape (7, 1), not (7, 4)"),
-        (lambda m, d, c: {"logit": c[:, 0], "z": m.layer(d)}, "tensor 'logit' holds torch.int64, not floating-point"),
-        (lambda m, d, c: {"logit": d[:, 0] / 0, "z": m.layer(d)}, "logit 'click' is not finite in 7 of 7 rows: 0, 1"),
-        (
-            lambda m, d, c: {"logit": d.reshape(7), "z": m.layer(d)},
-            "the model fixes the number of rows in a batch",
-        ),
-        (
-            lambda m, d, c: {"logit": d[:, 0] * (1.0 if d.shape[0] > 5 else 2.0), "z": m.layer(d)},
-            "the model fixes the number of rows in a batch",
-        ),
-        (
-            lambda m, d, c: {"logit": d[:, 0] - d.mean(), "z": m.layer(d)},
-            "a row's answer depends on its batch (1 or 64 rows): logit 'click' differs",
-        ),
-        (
-            lambda m, d, c: {"logit": d[:, 0] + torch.rand(d.shape[0]), "z": m.layer(d)},
-            "exported and eager model disagree on a batch of 1: logit 'click' differs in 1 of 1 values",
-        ),
-        (lambda m, d, c: {"logit": d[:, 0], "z": m.layer(d), "more": (d, c)}, "out_spec"),
-    ],
-)
+Answer = Callable[[Small, torch.Tensor, torch.Tensor], Any]
+BAD_ANSWERS: dict[str, tuple[Answer, str]] = {
+    "no_dict": (lambda _m, d, _c: d[:, 0], "the model returns a Tensor, not a dict of tensors"),
+    "absent": (lambda _m, d, _c: {"logit": d[:, 0]}, "embedding 'hidden': the model returns no tensor 'z'"),
+    "width": (lambda _m, d, _c: {"logit": d[:, 0], "z": d}, "tensor 'z' has shape (7, 1), not (7, 4)"),
+    "integer": (lambda m, d, c: {"logit": c[:, 0], "z": m.layer(d)}, "holds torch.int64, not floating-point"),
+    "infinite": (lambda m, d, _c: {"logit": d[:, 0] / 0, "z": m.layer(d)}, "is not finite in 7 of 7 rows: 0, 1, 2"),
+    "reshape": (lambda m, d, _c: {"logit": d.reshape(7), "z": m.layer(d)}, "fixes the number of rows in a batch"),
+    "branch": (
+        lambda m, d, _c: {"logit": d[:, 0] * (1.0 if d.shape[0] > 5 else 2.0), "z": m.layer(d)},
+        "fixes the number of rows in a batch",
+    ),
+    "mean": (
+        lambda m, d, _c: {"logit": d[:, 0] - d.mean(), "z": m.layer(d)},
+        "a row's answer depends on its batch (1 or 64 rows): logit 'click' differs",
+    ),
+    "random": (
+        lambda m, d, _c: {"logit": d[:, 0] + torch.rand(d.shape[0]), "z": m.layer(d)},
+        "exported and eager model disagree on a batch of 1: logit 'click' differs in 1 of 1 values",
+    ),
+    "nested": (lambda m, d, c: {"logit": d[:, 0], "z": m.layer(d), "more": (d, c)}, "must return a flat dict"),
+}
+
+
+@pytest.mark.parametrize(("forward", "message"), BAD_ANSWERS.values(), ids=BAD_ANSWERS)
 def test_a_module_that_cannot_serve_is_refused_with_the_reason(
     forward: Callable[..., Any], message: str, tmp_path: Path
 ) -> None:

@@ -143,6 +143,13 @@ def test_a_trainers_types_give_the_same_tensors(rows: list[dict[str, object]], d
     assert as_lists(build_tensors(columns, INPUTS, VOCABULARIES)) == expected_tensors(rows[start:])
 
 
+@given(st.lists(ROW, min_size=1, max_size=8), st.data())
+def test_a_slice_of_a_record_batch_gives_its_own_rows(rows: list[dict[str, object]], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(rows)))
+    batch = build_columns(rows, LOG_TYPES).to_batches()[0].slice(start)
+    assert as_lists(build_tensors(batch, INPUTS, VOCABULARIES)) == expected_tensors(rows[start:])
+
+
 def test_shapes_and_dtypes() -> None:
     tensors = build_tensors(build_columns([], LOG_TYPES), INPUTS, VOCABULARIES)
     assert {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()} == {
@@ -161,6 +168,12 @@ def test_a_record_batch_is_as_good_as_a_table() -> None:
     rows = [{"word": "a", "number": 1, "x": 1.0, "y": None, "vector": None, "words": ["b"], "numbers": []}]
     batch = build_columns(rows, LOG_TYPES).to_batches()[0]
     assert as_lists(build_tensors(batch, INPUTS, VOCABULARIES)) == expected_tensors(rows)
+
+
+def test_a_slice_of_a_batch_of_float_lists_gives_its_own_rows() -> None:
+    batch = pa.record_batch({"v": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2))})
+    wanted = Input.model_validate({"tensor": "t", "features": ["v"], "encode": {"kind": "float", "null": 9.0}})
+    assert build_tensors(batch.slice(1), [wanted])["t"].tolist() == [[9.0, 9.0], [3.0, 4.0]]
 
 
 def test_a_null_inside_a_vector_is_the_null_value() -> None:

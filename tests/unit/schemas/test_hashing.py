@@ -77,7 +77,8 @@ def test_row_hashes_do_not_depend_on_chunks_slices_or_column_order(
     assert row_hashes(pa.concat_tables([whole.slice(0, cut), whole.slice(cut)])) == expected
     assert row_hashes(whole.slice(cut)) == expected[cut:]
     assert row_hashes(whole.select(list(reversed(whole.column_names)))) == expected
-    assert [h for batch in whole.to_batches() for h in content_hash(batch, whole.column_names).tolist()] == expected
+    batch = whole.to_batches()[0].slice(cut)  # a batch keeps the offset of a slice, a table's columns are copied
+    assert content_hash(batch, whole.column_names).tolist() == expected[cut:]
 
 
 @given(st.lists(ROW, min_size=2, max_size=12))

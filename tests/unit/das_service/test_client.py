@@ -1,0 +1,481 @@
+"""The client against a transport that answers from a list: what it sends, repeats, splits and raises."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from das_service.client import (
+    Client,
+    ConflictError,
+    DasClientError,
+    LostRaceError,
+    NotFoundError,
+    RowsRefusedError,
+    SnapshotRejectedError,
+    TruncatedStreamError,
+    UnavailableError,
+    UnreachableError,
+)
+from das_service.client_arrow import iter_chunks, to_table
+from das_service.client_http import Clock, retry_after_seconds
+from schemas.wire import read_table, write_table
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+ACCEPTED = {"accepted": 2, "rejected": 0, "errors": [], "errors_truncated": False, "positions": {"0": 3}}
+
+
+@dataclass
+class FakeTime:
+    """A clock that moves when somebody sleeps."""
+
+    now: float = 0.0
+    slept: list[float] = field(default_factory=list)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def clock(self) -> Clock:
+        return Clock(monotonic=lambda: self.now, sleep=self.sleep, chance=lambda: 1.0)
+
+
+@dataclass
+class Service:
+    """A service that gives prepared answers, in turn; the last one again and again."""
+
+    answers: list[Any]
+    requests: list[httpx.Request] = field(default_factory=list)
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        self.requests.append(request)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer(request) if callable(answer) else answer
+
+
+Connect = Callable[..., tuple[Client, Service]]
+
+
+@pytest.fixture
+def time() -> FakeTime:
+    return FakeTime()
+
+
+@pytest.fixture
+def connect(time: FakeTime) -> Iterator[Connect]:
+    """Make a client of a service that gives these answers."""
+    clients = []
+
+    def make(*answers: Any, **options: Any) -> tuple[Client, Service]:
+        service = Service(list(answers))
+        transport = httpx.MockTransport(service)
+        clients.append(Client("http://das", transport=transport, clock=time.clock(), **options))
+        return clients[-1], service
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def answer(body: Any, status: int = 200, **headers: str) -> httpx.Response:
+    return httpx.Response(status, json=body, headers=headers)
+
+
+def problem(status: int, code: str, retry_after: str | None = None, **extra: Any) -> httpx.Response:
+    headers = {"Retry-After": retry_after} if retry_after else {}
+    return httpx.Response(status, json={"detail": f"about {code}", "code": code, **extra}, headers=headers)
+
+
+def rows(number: int = 2) -> pa.Table:
+    return pa.table(
+        {
+            "example_id": [f"e{i}" for i in range(number)],
+            "event_time": pa.array([NOON] * number),
+            "price": [0.5] * number,
+        }
+    )
+
+
+def sent(request: httpx.Request) -> pa.Table:
+    return read_table(request.content)
+
+
+def query(request: httpx.Request) -> dict[str, list[str]]:
+    return {name: request.url.params.get_list(name) for name in request.url.params}
+
+
+# ---- what is sent
+
+
+def test_ingest_sends_the_rows_as_a_complete_arrow_stream(connect: Connect) -> None:
+    client, service = connect(answer(ACCEPTED, 202))
+    result = client.ingest("ads", rows())
+    assert (result.accepted, result.rejected, dict(result.positions), result.scored) == (2, 0, {0: 3}, None)
+    (request,) = service.requests
+    assert (request.method, request.url.path, query(request)) == (
+        "POST", "/v1/datasets/ads/examples", {"on_error": ["skip"]},
+    )  # fmt: skip
+    assert request.headers["Content-Type"] == "application/vnd.apache.arrow.stream"
+    assert sent(request).equals(rows())
+
+
+def test_ingest_says_when_the_rows_were_scored(connect: Connect) -> None:
+    client, service = connect(answer({**ACCEPTED, "scored": True}))
+    assert client.ingest("ads", rows(), wait="scored", timeout_seconds=3).scored is True
+    assert query(service.requests[0]) == {"on_error": ["skip"], "wait": ["scored"], "timeout_seconds": ["3"]}
+
+
+def test_a_token_goes_into_the_header(connect: Connect) -> None:
+    client, service = connect(answer({"datasets": []}), token="secret")
+    client.list_datasets()
+    assert service.requests[0].headers["Authorization"] == "Bearer secret"
+
+
+def test_the_environment_says_where_and_who(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAS_API_URL", "http://elsewhere:9000/")
+    monkeypatch.setenv("DAS_TOKEN", "from-environment")
+    service = Service([answer({"datasets": []})])
+    with Client(transport=httpx.MockTransport(service)) as client:
+        client.list_datasets()
+    assert str(service.requests[0].url) == "http://elsewhere:9000/v1/datasets"
+    assert service.requests[0].headers["Authorization"] == "Bearer from-environment"
+
+
+# ---- tables of all kinds
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        rows(),
+        rows().to_batches()[0],
+        rows().to_pandas(),
+        pl.from_arrow(rows()),
+        rows().to_pylist(),
+        rows().to_pydict(),
+        pa.RecordBatchReader.from_batches(rows().schema, rows().to_batches()),
+    ],
+    ids=["table", "batch", "pandas", "polars", "rows", "columns", "reader"],
+)
+def test_every_kind_of_table_becomes_the_same_columns(data: Any) -> None:
+    table = to_table(data)
+    assert table.column_names == ["example_id", "event_time", "price"]
+    assert table.schema.field("example_id").type == pa.string()
+    assert table.to_pylist() == rows().to_pylist()
+    assert table.schema.metadata is None
+
+
+def test_views_large_types_and_categoricals_become_plain() -> None:
+    frame = pl.DataFrame({"a": ["x", "y"], "tags": [["p"], ["q", "r"]]}).with_columns(
+        pl.col("a").cast(pl.Categorical).alias("c")
+    )
+    table = to_table(frame)
+    assert table.schema.field("a").type == pa.string()
+    assert table.schema.field("tags").type == pa.list_(pa.string())
+    assert table.schema.field("c").type.value_type == pa.string()
+    assert table.to_pylist() == frame.to_dicts()
+
+
+def test_a_pandas_categorical_stays_a_dictionary() -> None:
+    table = to_table(pd.DataFrame({"c": pd.Categorical(["x", "y", "x"])}))
+    assert pa.types.is_dictionary(table.schema.field("c").type)
+    assert table["c"].to_pylist() == ["x", "y", "x"]
+
+
+def test_something_else_is_refused_with_a_hint() -> None:
+    with pytest.raises(TypeError, match="int is no table"):
+        to_table(3)
+
+
+@pytest.mark.parametrize("data", [rows(7), [rows(3), rows(4)], rows(7).to_reader()], ids=["table", "list", "reader"])
+def test_chunks_hold_all_rows_in_order_and_no_more_than_asked(data: Any) -> None:
+    chunks = list(iter_chunks(data, rows=3))
+    assert max(chunk.num_rows for chunk in chunks) == 3
+    assert sum(chunk.num_rows for chunk in chunks) == 7
+
+
+# ---- bulk
+
+
+def test_bulk_ingest_adds_up_and_counts_rows_from_the_first(connect: Connect) -> None:
+    error = {"row": 1, "example_id": "x", "column": "price", "code": "not_finite", "message": "no"}
+    partial = {**ACCEPTED, "accepted": 1, "rejected": 1, "errors": [error]}
+    client, _ = connect(answer(ACCEPTED, 202), answer(partial, 202), answer(ACCEPTED, 202))
+    seen = []
+    result = client.ingest_batches("ads", rows(6), rows_per_request=2, concurrency=1, on_progress=seen.append)
+    assert (result.accepted, result.rejected, [e.row for e in result.errors]) == (5, 1, [3])
+    assert [progress.accepted for progress in seen] == [2, 3, 5]
+
+
+def test_bulk_ingest_counts_a_request_whose_rows_are_all_bad(connect: Connect) -> None:
+    errors = [{"row": i, "example_id": None, "column": "price", "code": "null", "message": "no"} for i in range(2)]
+    client, _ = connect(problem(422, "invalid_rows", accepted=0, rejected=2, errors=errors), answer(ACCEPTED, 202))
+    result = client.ingest_batches("ads", rows(4), rows_per_request=2, concurrency=1)
+    assert (result.accepted, result.rejected, [e.row for e in result.errors]) == (2, 2, [0, 1])
+
+
+def test_bulk_ingest_stops_at_a_schema_that_does_not_fit(connect: Connect) -> None:
+    client, service = connect(problem(422, "schema_mismatch"))
+    with pytest.raises(RowsRefusedError, match="about schema_mismatch"):
+        client.ingest_batches("ads", (rows(2) for _ in range(1000)), rows_per_request=2, concurrency=2)
+    assert len(service.requests) <= 4
+
+
+def test_bulk_ingest_reads_no_further_ahead_than_it_may(connect: Connect) -> None:
+    drawn, settled = [], []
+    client, _ = connect(answer(ACCEPTED, 202))
+
+    def batches() -> Iterator[pa.Table]:
+        for i in range(50):
+            drawn.append(i)
+            assert len(drawn) - len(settled) <= 3 + 1
+            yield rows(2)
+
+    client.ingest_batches("ads", batches(), concurrency=3, on_progress=settled.append)
+    assert len(settled) == 50
+
+
+# ---- lookup
+
+
+def lookup_answer(request: httpx.Request) -> httpx.Response:
+    ids = sent(request)["example_id"]
+    status = pa.array(["present"] * len(ids), pa.string()).dictionary_encode()
+    return httpx.Response(200, content=write_table(pa.table({"example_id": ids, "f__status": status})))
+
+
+def test_lookup_keeps_order_and_repeats_over_several_requests(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("das_service.client.IDS_PER_REQUEST", 2)
+    client, service = connect(lookup_answer)
+    ids = ["b", "a", "b", "c", "a"]
+    table = client.lookup("ads", ids, fms=["f", "g"], outputs=["click"], max_freshness_gap_seconds=60)
+    assert table["example_id"].to_pylist() == ids
+    assert table["f__status"].to_pylist() == ["present"] * 5
+    assert [sent(request).num_rows for request in service.requests] == [2, 2, 1]
+    assert query(service.requests[0]) == {
+        "fms": ["f", "g"], "outputs": ["click"], "embedding_format": ["float16"], "max_freshness_gap_seconds": ["60"],
+    }  # fmt: skip
+
+
+def test_lookup_sends_event_times_as_microseconds_utc(connect: Connect) -> None:
+    client, service = connect(lookup_answer)
+    client.lookup("ads", ["a"], fms=["f"], event_times=[NOON])
+    assert sent(service.requests[0]).schema.field("event_time").type == pa.timestamp("us", "UTC")
+    assert sent(service.requests[0])["event_time"].to_pylist() == [NOON]
+
+
+def test_lookup_of_no_id_asks_once_for_the_columns(connect: Connect) -> None:
+    client, service = connect(lookup_answer)
+    assert client.lookup("ads", [], fms=["f"]).column_names == ["example_id", "f__status"]
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("cut", [lambda body: body[:-8], lambda body: body[: len(body) // 2]], ids=["marker", "half"])
+def test_lookup_refuses_an_answer_that_was_cut(connect: Connect, cut: Callable[[bytes], bytes]) -> None:
+    whole = write_table(pa.table({"example_id": ["a"]}))
+    client, _ = connect(httpx.Response(200, content=cut(whole)))
+    with pytest.raises(TruncatedStreamError):
+        client.lookup("ads", ["a"], fms=["f"])
+
+
+def test_lookup_refuses_an_answer_without_its_row_count(connect: Connect) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows().schema) as writer:
+        writer.write_table(rows())
+    client, _ = connect(httpx.Response(200, content=sink.getvalue().to_pybytes()))
+    with pytest.raises(TruncatedStreamError, match="without saying how many"):
+        client.lookup("ads", ["a"], fms=["f"])
+
+
+# ---- repeats
+
+
+def test_a_lost_connection_is_tried_again_with_growing_pauses(connect: Connect, time: FakeTime) -> None:
+    client, service = connect(
+        httpx.ConnectError("refused"), httpx.ReadError("lost"), httpx.ReadTimeout("slow"), answer(ACCEPTED, 202)
+    )
+    assert client.ingest("ads", rows()).accepted == 2
+    assert len({request.content for request in service.requests}) == 1
+    assert time.slept == [0.1, 0.2, 0.4]
+
+
+def test_retry_after_is_obeyed(connect: Connect, time: FakeTime) -> None:
+    client, _ = connect(problem(429, "backlog", "3"), problem(503, "unavailable", "2"), answer(ACCEPTED, 202))
+    assert client.ingest("ads", rows()).accepted == 2
+    assert time.slept == [3.0, 2.0]
+
+
+def test_the_deadline_ends_the_repeats(connect: Connect, time: FakeTime) -> None:
+    client, service = connect(problem(429, "backlog", "3"), timeout_seconds=10)
+    with pytest.raises(UnavailableError) as caught:
+        client.ingest("ads", rows())
+    assert (caught.value.code, caught.value.status, caught.value.retryable) == ("backlog", 429, True)
+    assert time.now < 10
+    assert len(service.requests) == 4
+
+
+def test_no_answer_until_the_deadline_is_unreachable(connect: Connect, time: FakeTime) -> None:
+    client, _ = connect(httpx.ConnectError("refused"), timeout_seconds=5)
+    with pytest.raises(UnreachableError, match="no answer from http://das: refused") as caught:
+        client.status()
+    assert (caught.value.status, caught.value.retryable) == (None, True)
+    assert time.slept == [0.1, 0.2, 0.4, 0.8, 1.6]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [
+        (problem(404, "unknown_dataset"), NotFoundError),
+        (problem(409, "dataset_conflict", differences=[{"field": "partitions"}]), ConflictError),
+        (problem(412, "lost_race"), LostRaceError),
+        (problem(422, "schema_mismatch"), RowsRefusedError),
+        (problem(500, "bug"), DasClientError),
+        (problem(507, "disk_reserve", retryable=False), DasClientError),
+        (problem(503, "log_lost", "2", retryable=False), UnavailableError),
+        (httpx.Response(500, text="<html>"), DasClientError),
+    ],
+)
+def test_what_a_repeat_cannot_help_is_raised_at_once(
+    connect: Connect, refusal: httpx.Response, kind: type[DasClientError]
+) -> None:
+    client, service = connect(refusal)
+    with pytest.raises(kind) as caught:
+        client.put_dataset("ads", {})
+    assert type(caught.value) is kind
+    assert caught.value.status == refusal.status_code
+    assert len(service.requests) == 1
+
+
+def test_an_error_holds_the_refused_rows(connect: Connect) -> None:
+    error = {"row": 4, "example_id": "a", "column": "price", "code": "not_finite", "message": "it is NaN"}
+    client, _ = connect(problem(422, "invalid_rows", errors=[error]))
+    with pytest.raises(RowsRefusedError) as caught:
+        client.ingest("ads", rows(), on_error="abort")
+    assert [(e.row, e.example_id, e.column, e.code) for e in caught.value.errors] == [(4, "a", "price", "not_finite")]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(None, 0), ("", 0), ("7", 7), ("0.5", 0.5), ("-3", 0), ("soon", 0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)],
+)
+def test_retry_after_may_be_anything(text: str | None, seconds: float) -> None:
+    assert retry_after_seconds(text) == seconds
+
+
+# ---- snapshots
+
+
+def test_waiting_for_a_snapshot_ends_when_it_is_validated(connect: Connect, time: FakeTime) -> None:
+    client, _ = connect(
+        answer({"state": "validating"}), answer({"state": "validating"}), answer({"state": "validated"})
+    )
+    assert client.wait_for_snapshot("ads", "f", "s1", poll_seconds=1) == {"state": "validated"}
+    assert time.slept == [1, 1]
+
+
+def test_a_rejected_snapshot_raises_its_reasons(connect: Connect) -> None:
+    client, _ = connect(answer({"state": "rejected", "reasons": ["wrong sum", "wrong width"]}))
+    with pytest.raises(SnapshotRejectedError, match="wrong sum; wrong width"):
+        client.wait_for_snapshot("ads", "f", "s1")
+
+
+def test_waiting_for_a_snapshot_has_a_deadline(connect: Connect, time: FakeTime) -> None:
+    client, _ = connect(answer({"state": "validating"}))
+    with pytest.raises(DasClientError, match="is a worker running"):
+        client.wait_for_snapshot("ads", "f", "s1", timeout_seconds=3, poll_seconds=1)
+    assert time.now == 3
+
+
+def test_activation_names_the_state_that_it_was_decided_on(connect: Connect) -> None:
+    client, service = connect(answer({"snapshot_id": "s1"}, ETag='"7"'), answer({"snapshot_id": "s2"}))
+    client.activate_snapshot("ads", "f", "s2")
+    assert [(r.method, r.headers.get("If-Match")) for r in service.requests] == [("GET", None), ("PUT", '"7"')]
+    assert json.loads(service.requests[1].content) == {"snapshot_id": "s2"}
+
+
+def test_activation_whose_answer_was_lost_is_no_lost_race(connect: Connect) -> None:
+    client, _ = connect(
+        answer({"snapshot_id": "s1"}, ETag='"7"'),
+        httpx.ReadError("lost"),
+        problem(412, "lost_race"),
+        answer({"snapshot_id": "s2"}, ETag='"8"'),
+    )
+    assert client.activate_snapshot("ads", "f", "s2") == {"snapshot_id": "s2"}
+
+
+def test_the_loser_of_a_race_hears_of_it(connect: Connect) -> None:
+    client, _ = connect(problem(412, "lost_race"))
+    with pytest.raises(LostRaceError):
+        client.activate_snapshot("ads", "f", "s2", if_match='"6"')
+
+
+def test_not_ready_is_an_answer(connect: Connect) -> None:
+    client, service = connect(answer({"ready": False, "problems": ["no sink is alive"]}, 503))
+    assert client.ready() == {"ready": False, "problems": ["no sink is alive"]}
+    assert len(service.requests) == 1
+
+
+# ---- what is imported: I10
+
+_BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError("No module named " + repr(name) + " (blocked)", name=name)
+sys.meta_path.insert(0, Block())
+"""
+_LIGHT = {
+    "torch", "fastapi", "duckdb", "redis", "deltalake", "pandas", "polars", "pydantic", "pydantic_settings", "numpy",
+    "typer", "rich", "xxhash", "uvicorn", "prometheus_client",
+}  # fmt: skip
+
+
+def run_python(program: str, blocked: set[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _BLOCK.format(blocked=blocked) + program],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_the_client_works_with_httpx_and_pyarrow_alone() -> None:
+    program = """
+import httpx
+from das_service.client import Client
+from schemas.wire import read_table, write_table
+def service(request):
+    if request.url.path.endswith("/examples"):
+        return httpx.Response(202, json={"accepted": read_table(request.read()).num_rows, "positions": {}})
+    return httpx.Response(200, content=write_table(read_table(request.read())))
+client = Client("http://das", transport=httpx.MockTransport(service))
+assert client.ingest("ads", [{"example_id": "a"}]).accepted == 1
+assert client.lookup("ads", ["b", "a"], fms=["f"]).to_pylist() == [{"example_id": "b"}, {"example_id": "a"}]
+"""
+    done = run_python(program, _LIGHT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_api_imports_without_torch() -> None:
+    done = run_python("import das_service.app", {"torch"})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_line_says_what_to_install_when_only_the_client_is() -> None:
+    done = run_python("from das_service.cli import main\nmain()", _LIGHT)
+    assert done.returncode == 1
+    assert "pip install 'das-service[service]'" in done.stderr
+    assert "Traceback" not in done.stderr
