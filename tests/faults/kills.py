@@ -160,7 +160,7 @@ def publish(service: Service, client: Client) -> None:
     )
     from das_service.snapshot_folder import manifest_sha256
 
-    client.register_snapshot(DATASET, FM, "s1", uri=str(target), sha256=manifest_sha256(target))
+    client.register_snapshot(DATASET, FM, snapshot_id="s1", uri=str(target), sha256=manifest_sha256(target))
     client.wait_for_snapshot(DATASET, FM, "s1")
     client.activate_snapshot(DATASET, FM, "s1")
 
