@@ -77,6 +77,10 @@ class Metrics:
         self.dead_letters = Gauge(
             "das_dead_letters", "Examples that an FM failed on.", ["dataset", "fm"], registry=registry
         )
+        self.dead_chunks = Counter(
+            "das_dead_chunks", "Entries that no table takes, put into dead_chunks.", ["dataset", "kind"],
+            registry=registry,
+        )  # fmt: skip
         self.lookup_rows = Counter("das_lookup_rows", "Rows looked up.", ["dataset", "fm", "status"], registry=registry)
         self.coverage = Gauge(
             "das_coverage_ratio",

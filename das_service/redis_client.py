@@ -9,12 +9,14 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import Encoder, PythonRespSerializer
 from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
 from das_service.settings import Settings
 
 SOCKET_TIMEOUT_SECONDS = 10.0
+_COPIED_BYTES = 6000  # longer arguments are sent as they are; hiredis would copy megabytes, 0.4 ms each
 UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.BusyLoadingError)
 
 
@@ -43,25 +45,36 @@ class ScriptCall:
     args: Sequence[str | bytes | int]
 
 
-def connect(settings: Settings, *, on_connect: Callable[[], None] | None = None) -> redis.Redis:
+def connect(
+    settings: Settings,
+    *,
+    on_connect: Callable[[], None] | None = None,
+    timeout_seconds: float = SOCKET_TIMEOUT_SECONDS,
+) -> redis.Redis:
     """Give a client with short time-outs and no hidden retries; nothing is sent yet.
 
     on_connect runs after each new connection is made and before it is used: the place to learn that the server may
-    have restarted.
+    have restarted. What it raises goes to whoever wanted the connection.
     """
 
     def greet(connection: Any) -> None:  # noqa: ANN401 - redis-py names no type for it
         connection.on_connect()
-        if on_connect is not None:
+        if on_connect is None:
+            return
+        try:
             on_connect()
+        except BaseException:
+            connection.disconnect()  # else the pool would keep it, connected and not looked at
+            raise
 
     return redis.Redis.from_url(
         settings.redis_url.get_secret_value(),
         protocol=2,
-        socket_timeout=SOCKET_TIMEOUT_SECONDS,
+        socket_timeout=timeout_seconds,
         socket_connect_timeout=2.0,
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
+        command_packer=PythonRespSerializer(_COPIED_BYTES, Encoder("utf-8", "strict", decode_responses=False).encode),
         redis_connect_func=greet,
     )
 

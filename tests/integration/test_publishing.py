@@ -55,9 +55,7 @@ def outcome(declared: Declared, delivery: Delivery, value: float, failed: dict[i
         logits={"click": np.full(len(scored_rows), value, np.float32)},
         embeddings={"hidden": np.full((len(scored_rows), 4), int(value), np.uint8)},
     )
-    return Outcome(
-        delivery=delivery, columns=rows.columns, scored_rows=scored_rows, scored=scored, failed=failed or {}
-    )
+    return Outcome(delivery=delivery, columns=rows.columns, scored_rows=scored_rows, scored=scored, failed=failed or {})
 
 
 def intake(declared: Declared, consumer: str) -> Intake:
@@ -117,7 +115,10 @@ def test_any_interleaving_of_two_workers_publishes_each_chunk_once(
         expected = sorted(f"e{i}" for i in range(NUM_CHUNKS * CHUNK_ROWS))
         assert sorted(row["example_id"] for row in scored) == expected
         assert declared.pending("f") == 0
-        online = {row["example_id"]: declared.online(int(row["example_id"][1:]) // 3 % 2, "f", row["example_id"]) for row in scored}
+        online = {
+            row["example_id"]: declared.online(int(row["example_id"][1:]) // 3 % 2, "f", row["example_id"])
+            for row in scored
+        }
         assert {k: v["click__logit"] for k, v in online.items()} == {r["example_id"]: r["click__logit"] for r in scored}
 
 
@@ -132,7 +133,11 @@ def test_a_publish_that_is_sent_twice_changes_nothing_the_second_time(declared: 
 
 @pytest.mark.parametrize(
     ("change", "answer"),
-    [({"generation": 7}, Published.WITHDRAWN), ({"epoch": 2}, Published.OTHER_EPOCH), ({"consumer": "z"}, Published.NOT_OURS)],
+    [
+        ({"generation": 7}, Published.WITHDRAWN),
+        ({"epoch": 2}, Published.OTHER_EPOCH),
+        ({"consumer": "z"}, Published.NOT_OURS),
+    ],
 )
 def test_a_publisher_that_knows_another_state_leaves_no_trace(
     declared: Declared, change: dict[str, int], answer: Published

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import complete_journey
 from experiments.complete_journey import (
     DATASET_SPEC,
     EXAMPLE_COLUMNS,
@@ -184,20 +185,40 @@ def test_baskets_are_counted_strictly_before_the_event(con: duckdb.DuckDBPyConne
     assert sum(row[1] for row in rows) > 0
 
 
-def test_campaigns_and_coupons_are_those_that_run_at_the_time_for_the_household(
-    con: duckdb.DuckDBPyConnection,
-) -> None:
-    query = f"""
-        SELECT r.example_id, any_value(r.num_active_campaigns), count(DISTINCT d.campaign_id),
-            any_value(r.has_coupon), count(DISTINCT k.campaign_id) > 0
-        FROM (SELECT * FROM rows WHERE {SLICE}) r
+def test_active_campaigns_run_at_the_time_their_last_day_included(con: duckdb.DuckDBPyConnection) -> None:
+    query = """
+        SELECT r.user_id, r.time, any_value(r.num_active_campaigns), count(d.campaign_id)
+        FROM (SELECT DISTINCT user_id, time, num_active_campaigns FROM rows) r
         LEFT JOIN (campaigns c JOIN campaign_descriptions d USING (campaign_id))
         ON c.household_id = r.user_id AND r.time >= d.start_date AND r.time < d.end_date + INTERVAL 1 DAY
-        LEFT JOIN coupons k ON k.campaign_id = d.campaign_id AND k.product_id = r.product_id
+        GROUP BY r.user_id, r.time"""
+    rows = con.sql(query).fetchall()
+    assert [row for row in rows if row[2] != row[3]] == []
+    assert max(row[2] for row in rows) > 1
+
+
+def test_a_coupon_is_of_an_active_campaign_of_the_household_for_the_product(con: duckdb.DuckDBPyConnection) -> None:
+    query = f"""
+        SELECT r.example_id, any_value(r.has_coupon), count(k.campaign_id) > 0
+        FROM (SELECT * FROM rows WHERE {SLICE}) r
+        LEFT JOIN (campaigns c JOIN campaign_descriptions d USING (campaign_id) JOIN coupons k USING (campaign_id))
+        ON c.household_id = r.user_id AND k.product_id = r.product_id
+            AND r.time >= d.start_date AND r.time < d.end_date + INTERVAL 1 DAY
         GROUP BY r.example_id"""
     rows = con.sql(query).fetchall()
-    assert [row for row in rows if row[1] != row[2] or row[3] != row[4]] == []
-    assert any(row[4] for row in rows)
+    assert [row for row in rows if row[1] != row[2]] == []
+    assert any(row[2] for row in rows)
+
+
+def test_popularity_is_of_the_weeks_before_only() -> None:
+    bought = [(1, 0), (1, 1), (2, 1), (2, 1), (4, 0)]  # week and product of one purchase each
+    week, product = (np.array(column) for column in zip(*bought, strict=True))
+    nothing = np.zeros(len(bought), np.int64)
+    baskets = complete_journey._Baskets(
+        week=week, seconds=nothing, household=nothing, store=nothing, basket=np.arange(len(bought)), product=product
+    )
+    earlier = complete_journey._count_earlier_purchases(baskets, num_products=2)
+    assert earlier[1:6].tolist() == [[0, 0], [1, 1], [1, 3], [1, 3], [2, 3]]
 
 
 def test_attributes_are_those_of_the_product_the_household_and_the_clock(con: duckdb.DuckDBPyConnection) -> None:

@@ -1,0 +1,118 @@
+"""The API: takes examples in, hands supervision out, declares what both are about. Imports no torch."""
+
+import ipaddress
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from das_service.auth import load_tokens
+from das_service.lookup_body import LookupBody
+from das_service.metrics import package_version
+from das_service.openapi import install_openapi
+from das_service.problems import RequestWatch, install_problems
+from das_service.routes import datasets, examples, fms, health, status, supervision
+from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
+from das_service.routes.status import ReplayDeclaration
+from das_service.service import Service, build_service
+from das_service.settings import Settings, SettingsError
+from schemas.dataset import DatasetSpec
+
+log = logging.getLogger("das.api")
+
+_BODIES = (DatasetSpec, FmDeclaration, SnapshotDeclaration, ActiveDeclaration, ReplayDeclaration, LookupBody)
+_DESCRIPTION = (
+    "Runs a large teacher (FM) once per example, keeps what it said, and hands it to any trainer, joined to that "
+    "trainer's rows, correctly in time. Arrow IPC streams and JSON on every data endpoint; errors are RFC 9457 "
+    "problem documents."
+)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Give the API. Its threads and connections live as long as its lifespan.
+
+    Raises:
+        SettingsError: The tokens file can't be used.
+    """
+    service = build_service(settings)
+    app = FastAPI(
+        title="Data Augmentation Service",
+        version=package_version(),
+        summary="Run the teacher once per example, hand its supervision to every student.",
+        description=_DESCRIPTION,
+        lifespan=_lifespan(service),
+        redirect_slashes=False,
+    )
+    install_problems(app)
+    app.add_middleware(RequestWatch, metrics=service.metrics)
+    for routes in (datasets, examples, supervision, fms, status, health):
+        app.include_router(routes.router)
+    install_openapi(app, _BODIES)
+    return app
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        await service.in_thread(service.monitor.start)
+        try:
+            yield {"service": service}
+        finally:
+            await service.in_thread(service.close)
+
+    return lifespan
+
+
+def main(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; give the exit code.
+
+    Raises:
+        SettingsError: Anybody on the network could reach it, and there are no tokens.
+    """
+    host, port = parse_bind(settings.bind)
+    if not load_tokens(settings).records and not is_loopback(host):
+        raise SettingsError(
+            f"DAS_BIND {settings.bind} is reachable from other machines and there are no tokens: set DAS_TOKENS_FILE, "
+            "or bind to 127.0.0.1"
+        )
+    config = uvicorn.Config(
+        create_app(settings),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+        backlog=512,
+        timeout_keep_alive=75,
+    )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when it is done
+    server.run()
+    return 0 if server.started else 1
+
+
+def parse_bind(bind: str) -> tuple[str, int]:
+    """Give host and port of `host:port`; an IPv6 host stands in brackets.
+
+    Raises:
+        SettingsError: It has another shape.
+    """
+    host, _, port = bind.rpartition(":")
+    if not host or not port.isdigit():
+        raise SettingsError(f"DAS_BIND {bind!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Give whether only this machine reaches a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

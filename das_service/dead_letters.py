@@ -1,0 +1,75 @@
+"""Examples that an FM failed on: listed from its table and from its log before the table, and tried again."""
+
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import redis
+
+from das_service.duck import Duck
+from das_service.folder import Folder
+from das_service.logs import dead_log, read_after, read_mark
+from das_service.offline_store import TableReader, table_place
+from das_service.rescore import Rescorer
+from schemas.dataset import DatasetSpec
+from schemas.tables import dead_letters_table, dead_schema
+
+_COLUMNS = ("example_id", "event_time", "snapshot_id", "failed_at", "reason")
+_ENTRIES_PER_PARTITION = 20
+
+
+def list_dead_letters(
+    client: redis.Redis, tables: Folder, dataset: str, fm: str, *, partitions: int, limit: int
+) -> list[dict[str, Any]]:
+    """Give up to limit dead letters: first those that are not in the table yet, then those of the newest event days.
+
+    A letter stays listed when the example was scored later.
+    """
+    letters = _logged(client, tables, dataset, fm, partitions)[:limit]
+    seen = {(letter["example_id"], letter["event_time"]) for letter in letters}
+    table = TableReader(table_place(tables, dataset, dead_letters_table(fm)))
+    if table.refresh() < 0:
+        return letters
+    place = table_place(tables, dataset, dead_letters_table(fm))
+    for day in sorted(table.days, reverse=True):
+        if len(letters) >= limit:
+            break
+        files = pads.dataset(table.files_of_days([day]), filesystem=place.filesystem, format="parquet")
+        rows = files.scanner(columns=list(_COLUMNS)).head(limit).to_pylist()
+        letters += [row for row in rows if (row["example_id"], row["event_time"]) not in seen][: limit - len(letters)]
+    return letters
+
+
+def _logged(client: redis.Redis, tables: Folder, dataset: str, fm: str, partitions: int) -> list[dict[str, Any]]:
+    mark = read_mark(tables, dataset, dead_letters_table(fm))
+    positions = {} if mark is None else mark.positions
+    after = {partition: positions.get(partition) for partition in range(partitions)}
+    letters = []
+    for entries in read_after(client, dataset, dead_log(fm), after, count=_ENTRIES_PER_PARTITION).values():
+        for entry in entries:
+            failed_at = pa.scalar(entry.taken_at_us, pa.timestamp("us", "UTC")).as_py()
+            for row in entry.batch(dead_schema()).to_pylist():
+                row.pop("example_digest")
+                letters.append({**row, "snapshot_id": entry.meta.get("snapshot_id"), "failed_at": failed_at})
+    return [{column: letter[column] for column in _COLUMNS} for letter in letters]
+
+
+def replay_dead_letters(
+    client: redis.Redis,
+    tables: Folder,
+    dataset: str,
+    fm: str,
+    *,
+    spec: DatasetSpec,
+    epoch: int,
+    duck: Duck,
+    example_ids: Collection[str] | None,
+) -> int:
+    """Let an FM try its dead letters (these ids, default all) again, and give how many.
+
+    Raises:
+        OverloadedError: The log of what it tries again is full; what was appended stays.
+    """
+    rescorer = Rescorer(client, tables, duck, dataset=dataset, spec=spec, epoch=epoch)
+    return rescorer.replay_dead_letters(fm, example_ids=example_ids)

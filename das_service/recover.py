@@ -1,0 +1,249 @@
+"""`das recover`: begin a later epoch after the server lost its logs, or part of them.
+
+What the tables hold and what the surviving logs hold is kept: the sink commits surviving entries of the old epoch,
+then goes on with the new one. What was acknowledged and is in neither is given up, and said. Examples whose scoring was
+under way are planned to be scored again (rescore.py; the sink feeds them).
+
+Order: registry, server, plans, and last logs.json, whose epoch makes the logs usable again. Until then every role
+refuses them, so that recovery may be cut anywhere and run again.
+"""
+
+import datetime as dt
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import redis
+
+from das_service.errors import ConflictError, UnavailableError
+from das_service.folder import Folder
+from das_service.logs import (
+    EXAMPLES,
+    LogCounters,
+    LogProblem,
+    LogsFile,
+    Mark,
+    check_logs,
+    fm_logs,
+    read_counters,
+    read_logs_file,
+    read_mark,
+    rescore_log,
+    table_of_log,
+    write_logs_file,
+)
+from das_service.offline_store import TableReader, table_place
+from das_service.redis_client import connect, run_script
+from das_service.registry import Catalog, FmRecord, Registry, parse_catalog, read_revision
+from das_service.rescore import LostDay, Reach, first_needed, keep_starts, read_plan, write_plan
+from das_service.settings import Settings
+from schemas import keys
+from schemas.entries import Position, parse_position
+from schemas.tables import supervision_table
+
+log = logging.getLogger("das.recover")
+_SLICE_ROWS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogReport:
+    """What became of one log of a partition. Entry ids; None: there is none."""
+
+    dataset: str
+    partition: int
+    log: str
+    problem: str
+    committed: str | None
+    server_had: str | None
+    surviving_entries: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dataset}/{self.partition} {self.log}: {self.problem}; the table has it up to "
+            f"{self.committed or 'nothing'}, the server had it up to {self.server_had or 'nothing'}, "
+            f"{self.surviving_entries} entries survive there"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a recovery found and did. epochs: the new one of each dataset; rescoring: event days planned per FM."""
+
+    registry_restored: bool
+    epochs: dict[str, int]
+    logs: tuple[LogReport, ...]
+    rescoring: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = ["the registry was restored from its copy"] if self.registry_restored else []
+        lines += [f"dataset {dataset} goes on in epoch {epoch}" for dataset, epoch in self.epochs.items()]
+        lines += [str(report) for report in self.logs]
+        lines += [f"FM {fm}: {days} event days are looked through again" for fm, days in self.rescoring.items()]
+        lines.append("acknowledged rows that neither the tables nor a surviving log has are given up")
+        return "\n".join(lines)
+
+
+def recover(settings: Settings) -> Report:
+    """Begin a later epoch of every dataset whose logs are lost or rewound, and give what was found.
+
+    Raises:
+        ConflictError: Nothing is lost (nothing_lost).
+        redis.exceptions.ConnectionError: The server is not there.
+    """
+    client = connect(settings)
+    folder = Folder(settings.tables_uri, settings.storage_options)
+    registry = Registry(client, folder)
+    restored = _restore_registry(client, registry)
+    catalog = parse_catalog(registry.read_copy())
+    problems = {dataset: check_logs(client, folder, dataset) for dataset in catalog.datasets}
+    damaged = sorted(dataset for dataset, found in problems.items() if found)
+    if not restored and not damaged:
+        raise ConflictError("the server has all that the tables say it must have", code="nothing_lost")
+    epochs: dict[str, int] = {}
+    reports: list[LogReport] = []
+    rescoring: dict[str, int] = {}
+    for dataset in damaged:
+        recovery = _DatasetRecovery(client, folder, catalog, dataset)
+        reports += recovery.report(problems[dataset])
+        rescoring |= recovery.run()
+        epochs[dataset] = recovery.epoch
+    return Report(registry_restored=restored, epochs=epochs, logs=tuple(reports), rescoring=rescoring)
+
+
+def _restore_registry(client: redis.Redis, registry: Registry) -> bool:
+    try:
+        registry.check()
+    except UnavailableError:
+        fields = registry.read_copy()
+        revision = int(fields["revision"]) + 1
+        pipeline = client.pipeline(transaction=True)
+        pipeline.delete(keys.REGISTRY)
+        pipeline.hset(keys.REGISTRY, mapping={**fields, "revision": str(revision)})
+        pipeline.execute()
+        registry.copy()
+        return read_revision(client) == revision
+    return False
+
+
+class _DatasetRecovery:
+    """The recovery of one dataset. epoch: the one that begins."""
+
+    def __init__(self, client: redis.Redis, folder: Folder, catalog: Catalog, dataset: str) -> None:
+        recorded = read_logs_file(folder, dataset)
+        if recorded is None:
+            raise ConflictError(f"dataset {dataset} has no record of its logs", code="nothing_lost")
+        self._client = client
+        self._folder = folder
+        self._dataset = dataset
+        self._recorded: LogsFile = recorded
+        self._fms: dict[str, FmRecord] = catalog.fms.get(dataset, {})
+        self._partitions = range(recorded.partitions)
+        self._before = read_counters(client, dataset, self._partitions, recorded.logs)
+        self.epoch = 1 + max([recorded.epoch, *(found.epoch for found in self._before.values())])
+
+    def report(self, problems: Sequence[LogProblem]) -> list[LogReport]:
+        """Give what is wrong with each log, and what of it is left."""
+        return [self._report_log(problem, self._before.get((problem.partition, problem.log))) for problem in problems]
+
+    def run(self) -> dict[str, int]:
+        """Make the logs usable in the new epoch; give how many event days each FM is to look through again."""
+        reaches = {fm: self._reaches(fm) for fm in self._fms}
+        for partition in self._partitions:
+            self._make_logs(partition)
+        planned = {}
+        for fm, record in self._fms.items():
+            self._make_groups(fm, record)
+            planned[f"{self._dataset}/{fm}"] = self._plan(fm, reaches[fm])
+        write_logs_file(self._folder, self._dataset, replace(self._recorded, epoch=self.epoch))
+        return planned
+
+    def _report_log(self, problem: LogProblem, found: LogCounters | None) -> LogReport:
+        table = table_of_log(problem.log)
+        mark: Mark | None = None if table is None else read_mark(self._folder, self._dataset, table)
+        committed = None if mark is None else mark.positions.get(problem.partition)
+        had = None if found is None or found.last < 0 else Position(epoch=found.epoch, seq=found.last)
+        name = keys.log(self._dataset, problem.partition, problem.log)
+        start = "-" if committed is None else f"({committed.entry_id}"
+        surviving = 0
+        while entries := self._client.xrange(name, min=start, max="+", count=100):
+            surviving += len(entries)
+            start = f"({entries[-1][0].decode()}"
+        return LogReport(
+            dataset=self._dataset,
+            partition=problem.partition,
+            log=problem.log,
+            problem=f"{problem.code}, {problem.detail}",
+            committed=None if committed is None else committed.entry_id,
+            server_had=None if had is None else had.entry_id,
+            surviving_entries=surviving,
+        )
+
+    def _make_logs(self, partition: int) -> None:
+        counters = keys.counters(self._dataset, partition)
+        kinds = sorted({*self._recorded.logs, *(kind for fm in self._fms for kind in fm_logs(fm))})
+        run_script(self._client, "raise_epoch", [counters], [self.epoch, *kinds])
+        for kind in kinds:
+            names = [counters, keys.log(self._dataset, partition, kind)]
+            run_script(self._client, "create_log", names, [kind, self.epoch])
+
+    def _make_groups(self, fm: str, record: FmRecord) -> None:
+        """Give an FM the groups that are missing, from the beginning of what there is, and its generation."""
+        starts = keep_starts(self._client, self._folder, self._dataset, len(self._partitions), fm)
+        for partition in self._partitions:
+            for kind in (EXAMPLES, rescore_log(fm)):
+                name = keys.log(self._dataset, partition, kind)
+                groups = {group["name"].decode() for group in self._client.xinfo_groups(name)}
+                if keys.group(fm) not in groups:
+                    self._client.xgroup_create(name, keys.group(fm), id="0")
+            start = starts.get(partition, Position(epoch=1, seq=0)).entry_id
+            self._client.hsetnx(keys.counters(self._dataset, partition), f"start:{fm}:{EXAMPLES}", start)
+            generation = keys.generation(self._dataset, partition, fm)
+            if int(self._client.get(generation) or -1) < record.generation:
+                self._client.set(generation, record.generation)
+
+    def _reaches(self, fm: str) -> tuple[Reach, ...]:
+        """Give per partition which examples no log brings to the FM any more; asked before anything is changed."""
+        starts = keep_starts(self._client, self._folder, self._dataset, len(self._partitions), fm)
+        needed = first_needed(self._client, self._dataset, self._partitions, fm)
+        end = Position(epoch=self.epoch, seq=0).number
+        reaches = []
+        for partition in self._partitions:
+            bounds = self._bounds(partition)
+            pending = None
+            if bounds is not None:
+                first = needed[partition].number if partition in needed else bounds[0]
+                pending = (first, bounds[1])
+            start = starts.get(partition, Position(epoch=1, seq=0)).number
+            reaches.append(Reach(start=start, end=end, pending=pending))
+        return tuple(reaches)
+
+    def _bounds(self, partition: int) -> tuple[int, int] | None:
+        """Give the first and last log position that the surviving examples log holds; None for an empty one."""
+        name = keys.log(self._dataset, partition, EXAMPLES)
+        first = self._client.xrange(name, count=1)
+        last = self._client.xrevrange(name, count=1)
+        if not first or not last:
+            return None
+        return parse_position(first[0][0]).number, parse_position(last[0][0]).number
+
+    def _plan(self, fm: str, reaches: tuple[Reach, ...]) -> int:
+        """Write down which event days may lack supervision: those with less of it than examples."""
+        scored = self._rows_by_day(supervision_table(fm))
+        days = [
+            LostDay(day=day, num_slices=_num_slices(num_rows))
+            for day, num_rows in sorted(self._rows_by_day(EXAMPLES).items())
+            if scored.get(day, 0) < num_rows
+        ]
+        plan = read_plan(self._folder, self._dataset, fm)
+        write_plan(self._folder, self._dataset, fm, replace(plan, days=tuple(days), reaches=reaches))
+        return len(days)
+
+    def _rows_by_day(self, table: str) -> dict[dt.date, int]:
+        reader = TableReader(table_place(self._folder, self._dataset, table))
+        reader.refresh()
+        return {day: sum(file.num_rows for file in files) for day, files in reader.days.items()}
+
+
+def _num_slices(num_rows: int) -> int:
+    """Give into how many slices a day is cut: a power of two, about _SLICE_ROWS rows each."""
+    return 1 << max(0, (num_rows // _SLICE_ROWS).bit_length())

@@ -1,0 +1,151 @@
+"""Taking examples in."""
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+
+from das_service.auth import Needs
+from das_service.door import answer_type, data_type, read_body
+from das_service.errors import InvalidRowsError, OverloadedError
+from das_service.ingest import (
+    Receipt,
+    answer_body,
+    append_rows,
+    count_refused,
+    count_rows,
+    encode_chunks,
+    refuse_bad_rows,
+)
+from das_service.monitor import refuse_ingest
+from das_service.openapi import data_body, problems
+from das_service.routes.names import DatasetName, ServiceOf
+from das_service.scored_wait import Awaited, awaited_rows, still_awaited, wait_until_scored
+from das_service.service import Service
+from das_service.stages import Stages
+from das_service.validation import ValidRows, validate_arrow, validate_json
+from schemas.wire import ARROW_STREAM, JSON
+
+router = APIRouter(tags=["examples"])
+
+_ROW = {"example_id": "a", "event_time": "2026-01-31T12:00:00Z", "price": 1.5, "user_id": "u1", "item": 7}
+_JSON_SCHEMA = {
+    "type": "object",
+    "required": ["examples"],
+    "properties": {"examples": {"type": "array", "items": {"type": "object"}}},
+}
+_ARROW = "Arrow IPC stream: example_id, event_time, and the dataset's features by name, in any order."
+_ANSWER = {
+    "description": "At least one row is on disk.",
+    "content": {
+        JSON: {
+            "example": {
+                "accepted": 4998, "rejected": 2, "errors_truncated": False, "positions": {"0": 812, "1": 799},
+                "errors": [
+                    {"row": 17, "example_id": "a", "column": "price", "code": "not_finite", "message": "..."},
+                ],
+            }
+        }
+    },
+}  # fmt: skip
+
+
+@router.post(
+    "/v1/datasets/{dataset}/examples",
+    status_code=202,
+    response_class=JSONResponse,
+    dependencies=[Depends(Needs("ingest"))],
+    responses={
+        200: {"description": "wait=scored: the rows are on disk and have supervision of every required FM."},
+        202: _ANSWER,
+        **problems(400, 404, 406, 408, 413, 415, 422, 429, 507),
+    },
+    openapi_extra=data_body(_JSON_SCHEMA, {"examples": [_ROW]}, _ARROW),
+    summary="Take examples in",
+)
+async def post_examples(
+    dataset: DatasetName,
+    request: Request,
+    service: ServiceOf,
+    on_error: Annotated[
+        Literal["skip", "abort"], Query(description="Bad rows: leave them out, or take none at all.")
+    ] = "skip",
+    wait: Annotated[
+        Literal["none", "scored"], Query(description="scored: answer once required FMs have scored the rows.")
+    ] = "none",
+    timeout_seconds: Annotated[float, Query(ge=0, le=60, description="Longest wait for the scores.")] = 10.0,
+) -> JSONResponse:
+    """Take examples in for scoring; a 2xx means that they are on disk.
+
+    Rows whose values can't be stored are left out and listed; a wrong, missing or unknown column refuses the request.
+    Send the same request again after any error: what was taken already is recognised and changes nothing.
+    """
+    stages = Stages(service.metrics)
+    answer_type(request, JSON)
+    kind = data_type(request)
+    with service.permits.hold():
+        refuse_ingest(service.monitor.findings, service.settings, dataset)
+        body = await read_body(
+            request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
+        )
+        stages.end("read")
+        rows, receipt = await service.in_thread(
+            _store, service, dataset, body, stages, kind=kind, abort=on_error == "abort"
+        )
+    answer = answer_body(rows, receipt, rejected=rows.num_refused)
+    status = 202
+    if wait == "scored":
+        answer["scored"] = await _wait(service, dataset, rows, timeout_seconds)
+        status = 200 if answer["scored"] else 202
+        stages.end("wait")
+    return JSONResponse(answer, status_code=status, headers=stages.headers())
+
+
+def _store(
+    service: Service, dataset: str, body: bytes, stages: Stages, *, kind: str, abort: bool
+) -> tuple[ValidRows, Receipt]:
+    """Validate, append, count."""
+    spec = service.catalog.current().spec(dataset)
+    validate = validate_arrow if kind == ARROW_STREAM else validate_json
+    rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
+    stages.end("validate")
+    try:
+        refuse_bad_rows(rows, abort=abort)
+    except InvalidRowsError:
+        count_refused(service.metrics, dataset, rows)
+        raise
+    chunks = encode_chunks(dataset, spec, rows.batch)
+    stages.end("encode")
+    floor = service.guard.floor(dataset)
+    max_bytes = max(1, service.settings.max_backlog_bytes // spec.partitions)
+    try:
+        receipt = append_rows(service.door, spec, chunks, floor=floor, max_bytes=max_bytes)
+    except OverloadedError as error:
+        raise _with_holder(service, dataset, error) from None
+    stages.end("append")
+    count_rows(service.metrics, dataset, rows, receipt)
+    return rows, receipt
+
+
+def _with_holder(service: Service, dataset: str, error: OverloadedError) -> OverloadedError:
+    """Give the refusal with the name of what holds things up."""
+    backlog = service.monitor.findings.backlogs.get(dataset)
+    detail = error.detail if backlog is None else f"{error.detail}; {backlog.holder()}"
+    return OverloadedError(detail, code=error.code, retry_after_seconds=error.retry_after_seconds or 1)
+
+
+async def _wait(service: Service, dataset: str, rows: ValidRows, timeout_seconds: float) -> bool:
+    """Give whether the rows got supervision of every required FM in time; not, if too many wait already."""
+    catalog = await service.in_thread(service.current_catalog)
+    fms = [name for name, record in catalog.fms.get(dataset, {}).items() if record.required]
+    awaited = awaited_rows(rows.batch, catalog.spec(dataset), fms)
+
+    async def look(items: list[Awaited]) -> Any:  # noqa: ANN401 - what still_awaited gives
+        return await service.in_thread(still_awaited, service.client, dataset, items)
+
+    try:
+        with service.waits.hold():
+            return await wait_until_scored(look, awaited, timeout_seconds=timeout_seconds)
+    except OverloadedError:
+        return False

@@ -1,0 +1,39 @@
+"""Probes and metrics: open to all, and without data."""
+
+import time
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from das_service.readiness import readiness_problems, write_probe
+from das_service.routes.names import ServiceOf
+
+router = APIRouter(tags=["health"])
+
+_NOT_READY = {
+    "description": "Not ready; `problems` says why, in plain words.",
+    "content": {"application/json": {"example": {"ready": False, "problems": ["no sink is alive: ..."]}}},
+}
+
+
+@router.get("/health/live", summary="Is the process alive")
+async def get_live() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/health/ready", responses={503: _NOT_READY}, response_class=JSONResponse, summary="Can work be done now")
+async def get_ready(service: ServiceOf) -> JSONResponse:
+    """Say whether rows can be taken, scored and committed now, after a write to the server."""
+    problems = readiness_problems(service.monitor.findings, service.settings, now=time.monotonic())
+    failure = await service.in_thread(write_probe, service.ready)
+    if failure is not None:
+        problems = [failure, *problems]
+    body = {"ready": not problems, "problems": problems, "durability": service.settings.durability}
+    return JSONResponse(body, status_code=503 if problems else 200)
+
+
+@router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
+async def get_metrics(service: ServiceOf) -> Response:
+    """Give the metrics of this process."""
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

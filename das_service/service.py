@@ -1,0 +1,105 @@
+"""What the API's requests share: made once at start, handed to each as request.state.service."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+import redis
+from fastapi import Request
+
+from das_service.auth import Tokens, load_tokens
+from das_service.beats import instance_name
+from das_service.coverage import Coverage
+from das_service.declarations import Declarations
+from das_service.door import Permits
+from das_service.folder import Folder
+from das_service.log_guard import CatalogCache, LogGuard
+from das_service.metrics import Metrics
+from das_service.monitor import Monitor
+from das_service.redis_client import connect
+from das_service.registry import Catalog
+from das_service.settings import Settings
+from das_service.validation import BodyLimits
+
+_SPARE_THREADS = 8
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The parts of one API process. `door` refuses to connect to a server that lost data; `client` only reads."""
+
+    settings: Settings
+    metrics: Metrics
+    tables: Folder
+    tokens: Tokens
+    client: redis.Redis
+    door: redis.Redis
+    probe: redis.Redis
+    ready: redis.Redis
+    guard: LogGuard
+    catalog: CatalogCache
+    declarations: Declarations
+    monitor: Monitor
+    permits: Permits
+    waits: Permits
+    replays: Permits
+    coverage: Coverage
+    threads: anyio.CapacityLimiter = field(repr=False)
+
+    @property
+    def limits(self) -> BodyLimits:
+        """What one request may hold."""
+        return BodyLimits(max_rows=self.settings.max_rows, max_decoded_bytes=self.settings.max_decoded_bytes)
+
+    async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Give what a blocking function gives, without blocking the event loop."""
+        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self.threads)
+
+    def close(self) -> None:
+        """Stop the background threads and close the connections."""
+        self.monitor.stop()
+        for client in (self.client, self.door, self.probe, self.ready):
+            client.close()
+
+    def current_catalog(self) -> Catalog:
+        """Give the registry as it is now."""
+        return self.catalog.current()
+
+
+def build_service(settings: Settings) -> Service:
+    """Give the parts of an API process; nothing is connected or started yet."""
+    metrics = Metrics("api")
+    tables = Folder(settings.tables_uri, settings.storage_options)
+    probe, client = connect(settings), connect(settings)
+    guard = LogGuard(probe, tables)
+    door = connect(settings, on_connect=guard.refuse_connection)
+    instance = instance_name(settings, "api")
+    return Service(
+        settings=settings,
+        metrics=metrics,
+        tables=tables,
+        tokens=load_tokens(settings),
+        client=client,
+        door=door,
+        probe=probe,
+        ready=connect(settings, timeout_seconds=2.0),
+        guard=guard,
+        catalog=CatalogCache(client, guard),
+        declarations=Declarations(door, tables, settings.snapshots_uri),
+        monitor=Monitor(settings, probe=probe, guard=guard, metrics=metrics, instance=instance),
+        permits=Permits(settings.max_concurrent_requests),
+        waits=Permits(4 * settings.max_concurrent_requests),
+        replays=Permits(1),
+        coverage=Coverage(metrics),
+        threads=anyio.CapacityLimiter(settings.max_concurrent_requests + _SPARE_THREADS),
+    )
+
+
+def service_of(request: Request) -> Service:
+    """Give the service that a request belongs to: a dependency of routes."""
+    service: Service = request.state.service
+    return service

@@ -1,0 +1,123 @@
+"""What the demo found: a recount of the kept folder with plain pyarrow, the numbers of contract 10, a table to read."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recount:
+    """Counts from the tables' files and the ledger of posted ids, independent of the service."""
+
+    posted: int
+    examples_rows: int
+    supervision_rows: int
+    duplicates: int
+    missing: int
+    leaky: int
+
+
+def recount(tables: Path, ledger: Path, *, dataset: str, fm: str) -> Recount:
+    """Count what the folder holds. missing: posted ids without supervision; duplicates: rows beyond one an id."""
+    posted = pq.read_table(ledger, columns=["example_id"])["example_id"]
+    examples = _rows(tables / dataset / "examples", ["example_id"])
+    supervision = _rows(tables / dataset / "supervision" / fm, ["example_id", "event_time", "trained_through"])
+    scored_ids = supervision["example_id"]
+    found = pc.is_in(posted, value_set=scored_ids.combine_chunks())
+    extra = [column.length() - pc.count_distinct(column).as_py() for column in (examples["example_id"], scored_ids)]
+    leaky = pc.sum(pc.greater(supervision["trained_through"], supervision["event_time"])).as_py() or 0
+    return Recount(
+        posted=pc.count_distinct(posted).as_py(),
+        examples_rows=examples.num_rows,
+        supervision_rows=supervision.num_rows,
+        duplicates=sum(extra),
+        missing=len(posted) - (pc.sum(found).as_py() or 0),
+        leaky=leaky,
+    )
+
+
+def _rows(table: Path, columns: list[str]) -> pa.Table:
+    return ds.dataset(DeltaTable(table).file_uris(), format="parquet").to_table(columns=columns)
+
+
+def metric_sum(text: str, name: str, **labels: str) -> float:
+    """Give the sum of a metric's samples whose labels include these, from the text that Prometheus scrapes."""
+    total = 0.0
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match is not None and match["name"] == name:
+            found = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"] or ""))
+            if labels.items() <= found.items():
+                total += float(match["value"])
+    return total
+
+
+def peak_memory_bytes(pids: Iterable[int]) -> int:
+    """Give the sum of the processes' peaks of resident memory (an upper bound of the peak of the sum; Linux)."""
+    total = 0
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status")
+        if status.exists():
+            match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            total += int(match[1]) * 1024 if match else 0
+    return total
+
+
+def print_table(console: Console, record: Mapping[str, Any]) -> None:
+    """Print what happened so that a newcomer understands it."""
+    table = Table(title="What happened", box=box.SIMPLE_HEAVY, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right", style="cyan")
+    table.add_column(style="dim")
+    rows = [
+        ("impressions posted over HTTP", f"{record['examples_posted']:,}", "each answered after an fsync"),
+        ("forwards of the teacher", f"{record['fm_forwards']:,}", "one per impression, however many students follow"),
+        (
+            "rows of supervision in the tables",
+            f"{record['supervision_rows_offline']:,}",
+            "counted again with plain pyarrow",
+        ),
+        ("duplicates / missing", f"{record['duplicates']} / {record['missing']}", "both must be 0"),
+        ("leaky", f"{record['leaky']}", "rows whose label the teacher could have seen"),
+        ("coverage", f"{record['coverage']:.2%}", "of the ids that a trainer looked up"),
+        (
+            "normalised entropy of the teacher",
+            f"{record['fm']['ne']:.4f}",
+            "1 = knows the base rate alone; lower is better",
+        ),
+        ("AUC of the teacher", f"{record['fm']['auc']:.4f}", "0.5 = guessing"),
+        ("seconds in all", f"{record['seconds']['total']:.0f}", seconds_text(record["seconds"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def seconds_text(seconds: Mapping[str, float]) -> str:
+    """Give the stages' times in one line."""
+    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+
+
+def per_week(weeks: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+    """Give each week's part of the columns."""
+    return {int(week): {name: column[weeks == week] for name, column in values.items()} for week in np.unique(weeks)}
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """Give the last line of the demo."""
+    return json.dumps(record)

@@ -1,0 +1,244 @@
+"""The demo's teacher: hashed embeddings, the household's counts and an MLP, trained in a single pass over the stream.
+
+Kunlun will take its place; what stays is its contract: keyword tensors `cat` and `dense` in, `logit_purchase` and the
+embedding `z` out. With 3.5 M parameters and 130,000 multiplications a row it is more than a student could afford, and
+it fits a demo: about 20 s for the 1.8 M rows of weeks 1-26 on two cores.
+
+Training goes through the rows once, in the order of event_time, in batches that never cut a tie; each batch is
+predicted before it is trained on, so that the metrics reported are of rows that the module had not seen (progressive
+validation). `trained_through` is exclusive: one microsecond after the last event that was trained on.
+
+Shapes: B rows, F categories, D width of an embedding, C floats.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiments.complete_journey import DATASET_SPEC, EXAMPLE_COLUMNS, LABEL_COLUMN
+from fm_inference import Signature
+from fm_inference.features import build_tensors
+from schemas.dataset import DatasetSpec
+from schemas.snapshot import Embedding, FloatEncode, HashEncode, Input, Outputs
+from vm_training.metrics import auc, normalized_entropy
+
+EMBEDDING_SIZE: Final = 64
+MAX_BATCH: Final = 16_384
+BUCKETS: Final = 131_072
+
+_CATEGORIES = tuple(f["name"] for f in DATASET_SPEC["features"] if f["type"] == "category")
+_FLOATS = tuple(f["name"] for f in DATASET_SPEC["features"] if f["type"] == "float")
+# Rows of each category's table, a power of two: the index modulo BUCKETS is folded to it. Others have few values.
+_TABLE_ROWS = {
+    "product_id": BUCKETS, "user_id": 16_384, "manufacturer_id": 16_384, "product_type": 16_384,
+    "product_category": 4_096, "store_id": 4_096,
+}  # fmt: skip
+_TABLE_ROWS_OTHERS = 1_024
+_WIDTH = 16
+_HIDDEN = (256, 128)
+_BATCH_ROWS = 4_096
+_TABLE_RATE = 0.03
+_FIRST_LOGIT = -2.3  # one positive in eleven rows: else every category's bias learns the base rate
+_TABLE_ACCUMULATOR = 1e-10  # gradients are means over the batch, about 1e-4: more than this slows rare values down
+_LAYER_RATE = 1e-3
+_LAST_RATE_RATIO = 0.02
+
+INPUTS: Final = (
+    Input(tensor="cat", features=_CATEGORIES, encode=HashEncode(kind="hash", buckets=BUCKETS)),
+    Input(tensor="dense", features=_FLOATS, encode=FloatEncode(kind="float", null=0.0)),
+)
+OUTPUTS: Final = Outputs(
+    logits={LABEL_COLUMN: f"logit_{LABEL_COLUMN}"},
+    embeddings={"hidden": Embedding(tensor="z", size=EMBEDDING_SIZE, codec="float16")},
+)
+
+
+class Teacher(nn.Module):
+    """Tables folded from one index space, log-scaled counts, two hidden layers; each category value has a bias too."""
+
+    fold: Tensor
+    first_row: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows_F = torch.tensor([_TABLE_ROWS.get(name, _TABLE_ROWS_OTHERS) for name in _CATEGORIES])
+        self.register_buffer("fold", rows_F - 1)
+        self.register_buffer("first_row", rows_F.cumsum(0) - rows_F)
+        self.table = nn.Embedding(int(rows_F.sum()), 1 + _WIDTH, sparse=True)
+        self.first = nn.Linear(len(_CATEGORIES) * _WIDTH + 2 * len(_FLOATS), _HIDDEN[0])
+        self.norm = nn.LayerNorm(_HIDDEN[0])
+        self.second = nn.Linear(*_HIDDEN)
+        self.embed = nn.Linear(_HIDDEN[1], EMBEDDING_SIZE)
+        self.logit = nn.Linear(EMBEDDING_SIZE, 1)
+        nn.init.normal_(self.table.weight, std=0.01)
+        nn.init.zeros_(self.table.weight[:, 0].detach())
+        nn.init.constant_(self.logit.bias, _FIRST_LOGIT)
+
+    def forward(self, cat: Tensor, dense: Tensor) -> dict[str, Tensor]:
+        """Give logit_purchase (B,) and z (B, 64), float32, for cat int64 (B, F) and dense float32 (B, C)."""
+        rows_BFD = self.table((cat & self.fold) + self.first_row)
+        bias_B = rows_BFD[:, :, 0].sum(dim=1)
+        counts_BC = torch.log1p(torch.nan_to_num(dense).clamp(0.0, 1e4))
+        shares_BC = counts_BC / (1.0 + counts_BC)
+        input_BD = torch.cat([rows_BFD[:, :, 1:].flatten(1), counts_BC, shares_BC], dim=1)
+        hidden_BD = functional.relu(self.norm(self.first(input_BD)))
+        z_BD = self.embed(functional.relu(self.second(hidden_BD)))
+        logit_B = self.logit(functional.relu(z_BD)).squeeze(1) + bias_B
+        return {f"logit_{LABEL_COLUMN}": logit_B, "z": z_BD}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows in the order of event_time that share no time with another batch."""
+
+    tensors: dict[str, Tensor]
+    labels: Tensor
+    last_event_time: int
+    """Microseconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedTeacher:
+    """A teacher in eval mode; its metrics are progressive (each row predicted before it was trained on)."""
+
+    module: Teacher
+    trained_through: datetime
+    num_rows: int
+    normalized_entropy: float
+    auc: float
+
+
+def train_teacher(
+    paths: Sequence[Path],
+    *,
+    seed: int = 0,
+    num_threads: int = 2,
+    on_progress: Callable[[int], None] | None = None,
+) -> TrainedTeacher:
+    """Give the teacher trained on the rows of these week files, each once, in the order of event_time.
+
+    The layers' learning rate falls linearly over the pass, so that the last batches do not decide the calibration.
+    Equal seeds and num_threads give equal bits; the process's own random state and number of torch threads stay as they
+    were. on_progress receives the number of rows of each batch as it is trained on.
+
+    Raises:
+        ValueError: There are no rows, all labels are equal, or the files are not in the order of event_time.
+    """
+    num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    if num_rows == 0:
+        raise ValueError(f"there are no rows to train on in {len(paths)} files")
+    logits, labels = [], []
+    num_seen = last_event_time = 0
+    with _torch_settings(seed=seed, num_threads=num_threads):
+        module = Teacher()
+        tables, layers = build_optimizers(module)
+        for batch in iter_batches(paths):
+            layers.param_groups[0]["lr"] = _LAYER_RATE * max(1 - num_seen / num_rows, _LAST_RATE_RATIO)
+            logits.append(train_batch(module, batch, (tables, layers)))
+            labels.append(batch.labels.numpy())
+            num_seen += len(batch.labels)
+            last_event_time = batch.last_event_time
+            if on_progress is not None:
+                on_progress(len(batch.labels))
+    module.table.sparse = False  # it was for the gradient, and a frozen table has none
+    module.eval().requires_grad_(requires_grad=False)
+    logit, label = np.concatenate(logits), np.concatenate(labels)
+    return TrainedTeacher(
+        module=module,
+        trained_through=datetime.fromtimestamp(0, UTC) + timedelta(microseconds=last_event_time + 1),
+        num_rows=num_rows,
+        normalized_entropy=normalized_entropy(logit, label),
+        auc=auc(logit, label),
+    )
+
+
+def iter_batches(paths: Sequence[Path], *, batch_rows: int = _BATCH_ROWS) -> Iterator[Batch]:
+    """Give the rows of the week files in order, about batch_rows at a time: a batch ends where the time changes.
+
+    Raises:
+        ValueError: A row is before the one above it, or at a file's first time another file ended.
+    """
+    previous = -1
+    for path in paths:
+        table = pq.read_table(path, columns=[*EXAMPLE_COLUMNS, LABEL_COLUMN])
+        times = table["event_time"].cast(pa.int64()).to_numpy()
+        if len(times) and (times[0] <= previous or np.any(np.diff(times) < 0)):
+            raise ValueError(f"{path} is not in the order of event_time, or not after the file before it")
+        tensors, labels = build_tensors(table, INPUTS), torch.from_numpy(table[LABEL_COLUMN].to_numpy().copy())
+        start = 0
+        while start < len(times):
+            previous = int(times[min(start + batch_rows, len(times)) - 1])
+            stop = int(np.searchsorted(times, previous, side="right"))
+            part = {name: tensor[start:stop] for name, tensor in tensors.items()}
+            yield Batch(tensors=part, labels=labels[start:stop], last_event_time=previous)
+            start = stop
+
+
+def predict_logits(module: nn.Module, columns: pa.Table, *, batch_rows: int = MAX_BATCH) -> npt.NDArray[np.float32]:
+    """Give the module's logit for each row (B,), as the worker would compute it."""
+    tensors = build_tensors(columns, INPUTS)
+    logits = [np.empty(0, np.float32)]
+    with torch.inference_mode():
+        for start in range(0, columns.num_rows, batch_rows):
+            part = {name: tensor[start : start + batch_rows] for name, tensor in tensors.items()}
+            logits.append(module(**part)[OUTPUTS.logits[LABEL_COLUMN]].numpy())
+    return np.concatenate(logits)
+
+
+def build_signature(*, fm: str, snapshot_id: str, golden: pa.Table | None = None) -> Signature:
+    """Give what export_snapshot needs beside the module; golden: rows to keep with the answers expected for them."""
+    return Signature(
+        fm=fm,
+        snapshot_id=snapshot_id,
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+        max_batch=MAX_BATCH,
+        golden=golden,
+        dataset=DatasetSpec.model_validate(DATASET_SPEC),
+    )
+
+
+def build_optimizers(module: Teacher) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Give the optimizers of the table, whose gradients are sparse, and of the layers."""
+    table = module.table.parameters()
+    layers = [weight for name, weight in module.named_parameters() if not name.startswith("table.")]
+    return (
+        torch.optim.Adagrad(table, lr=_TABLE_RATE, initial_accumulator_value=_TABLE_ACCUMULATOR),
+        torch.optim.Adam(layers, lr=_LAYER_RATE),
+    )
+
+
+def train_batch(module: Teacher, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> npt.NDArray[np.float32]:
+    """Give the batch's logits from before the step that it is then used for."""
+    logit_B = module(**batch.tensors)[OUTPUTS.logits[LABEL_COLUMN]]
+    loss = functional.binary_cross_entropy_with_logits(logit_B, batch.labels)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for optimizer in optimizers:
+        optimizer.step()
+    return logit_B.detach().numpy()
+
+
+@contextmanager
+def _torch_settings(*, seed: int, num_threads: int) -> Iterator[None]:
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        unchecked = torch.sparse.check_sparse_tensor_invariants(enable=False)  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=[]), unchecked:
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads_before)

@@ -1,0 +1,210 @@
+"""A dataset on a real server whose logs are fed by hand, and the sink that empties them. Without torch or HTTP."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import redis
+from deltalake import DeltaTable
+
+from das_service import logs
+from das_service.folder import Folder
+from das_service.metrics import Metrics
+from das_service.registry import FmRecord, Registry, dataset_field, fm_field
+from das_service.role import RoleContext
+from das_service.settings import Settings
+from das_service.sink import Sink
+from schemas import keys
+from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
+from schemas.entries import encode_batch, head_fields
+from schemas.snapshot import OutputColumns, scored_schema
+from schemas.tables import dead_schema
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+NOON_US = int(NOON.timestamp()) * 1_000_000
+DAY_US = 86_400_000_000
+OUTPUTS = OutputColumns(tasks=("click",), embeddings={"hidden": (2, "float16")})
+SPEC = DatasetSpec.model_validate(
+    {
+        "features": [
+            {"name": "price", "type": "float", "nullable": True},
+            {"name": "user_id", "type": "category", "value_type": "string"},
+            {"name": "tags", "type": "category_list", "value_type": "string", "max_length": 4, "nullable": True},
+            {"name": "image", "type": "vector", "size": 2, "nullable": True},
+        ],
+        "partitions": 2,
+    }
+)
+
+
+@dataclass
+class Feeding:
+    """The dataset `ads`: chunks go in by hand, tables come out."""
+
+    settings: Settings
+    client: redis.Redis
+    spec: DatasetSpec = SPEC
+    dataset: str = "ads"
+    now: float = 1000.0
+    folder: Folder = field(init=False)
+    registry: Registry = field(init=False)
+    sinks: list[Sink] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder = Folder(self.settings.tables_uri)
+        self.registry = Registry(self.client, self.folder)
+        self.declare(self.spec)
+        self.create_logs(["examples"])
+
+    @property
+    def epoch(self) -> int:
+        recorded = logs.read_logs_file(self.folder, self.dataset)
+        assert recorded is not None
+        return recorded.epoch
+
+    def declare(self, spec: DatasetSpec) -> None:
+        self.spec = spec
+        self.registry.change(dataset_field(self.dataset), DatasetSpec, lambda _: spec)
+
+    def create_logs(self, kinds: Sequence[str]) -> None:
+        logs.create_logs(self.client, self.folder, self.dataset, partitions=self.spec.partitions, kinds=kinds)
+
+    def declare_fm(self, fm: str, *, required: bool = True, outputs: OutputColumns | None = OUTPUTS) -> None:
+        record = FmRecord(fm=fm, required=required, outputs=outputs)
+        self.registry.change(fm_field(self.dataset, fm), FmRecord, lambda _: record)
+        self.create_logs(logs.fm_logs(fm))
+        logs.create_groups(self.client, self.dataset, partitions=self.spec.partitions, fm=fm)
+
+    def post(self, rows: Iterable[Mapping[str, Any]], *, chunk_rows: int = 5000) -> list[logs.Appended]:
+        """Log examples as the door does: split by partition, cut into chunks."""
+        schema = example_schema(self.spec)
+        given = [{"price": 1.0, "user_id": "u", **row} for row in rows]
+        table = pa.table(
+            {
+                field.name: pa.array([row.get(field.name) for row in given], field.type)
+                for field in schema
+                if field.name not in {"example_digest", "event_time"}
+            }
+        )
+        times = pa.array([row.get("event_time", NOON_US) for row in given], pa.int64()).cast(TIMESTAMP)
+        ids = table["example_id"].combine_chunks()
+        arrays = {"example_digest": keys.digest_array(ids), "event_time": times}
+        batch = pa.RecordBatch.from_arrays(
+            [arrays[f.name] if f.name in arrays else table[f.name].combine_chunks() for f in schema], schema=schema
+        )
+        partitions = keys.partitions_of(batch.column("example_digest"), self.spec.partitions)
+        chunks = []
+        for partition in range(self.spec.partitions):
+            part = batch.filter(pa.array(partitions == partition))
+            chunks += [
+                self._chunk(partition, "examples", part.slice(first, chunk_rows), len(self.spec.features), {})
+                for first in range(0, part.num_rows, chunk_rows)
+            ]
+        return self.append(chunks)
+
+    def post_ids(self, first: int, last: int, **values: Any) -> list[logs.Appended]:
+        """Log examples named by numbers in [first, last)."""
+        chunk_rows = values.pop("chunk_rows", 5000)
+        return self.post(({"example_id": f"e{i}", **values} for i in range(first, last)), chunk_rows=chunk_rows)
+
+    def score(self, fm: str, example_ids: Sequence[str], *, event_time: int = NOON_US, logit: float = 0.5) -> None:
+        """Log supervision of examples as a worker does."""
+        schema = scored_schema(OUTPUTS)
+        meta = {"fm": fm, "snapshot_id": "s1", "trained_through": NOON_US - DAY_US, "scored_at": NOON_US}
+        ids = pa.array(example_ids, pa.string())
+        columns = [
+            ids,
+            keys.digest_array(ids),
+            pa.array([event_time] * len(ids), pa.int64()).cast(TIMESTAMP),
+            pa.array([logit] * len(ids), pa.float32()),
+            pa.array([b"abcd"] * len(ids), pa.binary(4)),
+        ]
+        self._append_outcome(logs.scored_log(fm), pa.RecordBatch.from_arrays(columns, schema=schema), meta)
+
+    def fail(self, fm: str, example_ids: Sequence[str], *, event_time: int = NOON_US) -> None:
+        """Log dead letters as a worker does."""
+        ids = pa.array(example_ids, pa.string())
+        columns = [
+            ids,
+            keys.digest_array(ids),
+            pa.array([event_time] * len(ids), pa.int64()).cast(TIMESTAMP),
+            pa.array(["boom"] * len(ids), pa.string()),
+        ]
+        batch = pa.RecordBatch.from_arrays(columns, schema=dead_schema())
+        self._append_outcome(logs.dead_log(fm), batch, {"fm": fm, "snapshot_id": "s1", "failed_at": NOON_US})
+
+    def append(self, chunks: Sequence[logs.Chunk]) -> list[logs.Appended]:
+        limits = logs.AppendLimits(epoch=self.epoch, floors={}, max_bytes=1 << 30, dedup_seconds=1)
+        return logs.append_chunks(self.client, chunks, limits)
+
+    def read_group(self, fm: str, kind: str = "examples", *, acknowledge: bool = True) -> list[dict[str, Any]]:
+        """Read what an FM's group has not been given yet, as a worker does; give its rows."""
+        rows = []
+        for partition in range(self.spec.partitions):
+            name = keys.log(self.dataset, partition, kind)
+            for _, entries in self.client.xreadgroup(keys.group(fm), "w", {name: ">"}, count=1000) or []:
+                for entry_id, fields in entries:
+                    entry = logs.parse_entry(entry_id, fields)
+                    batch = entry.batch(example_schema(self.spec, num_features=entry.num_features))
+                    rows += batch.to_pylist()
+                    if acknowledge:
+                        self.client.xack(name, keys.group(fm), entry_id)
+        return rows
+
+    def sink(self, instance: str = "sink-1") -> Sink:
+        context = RoleContext(
+            self.settings, role="sink", instance=instance, client=self.client, metrics=Metrics("sink")
+        )
+        self.sinks.append(Sink(context))
+        return self.sinks[-1]
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def run(self, sink: Sink, *, steps: int = 6) -> None:
+        """Let the sink do what is due, a second of its clock at a time."""
+        for _ in range(steps):
+            self.now += 1.0
+            sink.step(now=self.now)
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """Give all rows of a table as Delta says they are."""
+        found = DeltaTable(self.folder.uri_of(f"{self.dataset}/{table}"))
+        return pa.table(found.to_pyarrow_table()).to_pylist()
+
+    def ids(self, table: str) -> list[str]:
+        return sorted(row["example_id"] for row in self.rows(table))
+
+    def kept_rows(self, kind: str = "examples") -> int:
+        """Give how many rows lie in a log."""
+        counters = logs.read_counters(self.client, self.dataset, range(self.spec.partitions), [kind])
+        return sum(found.kept_rows for found in counters.values())
+
+    def _chunk(
+        self, partition: int, kind: str, batch: pa.RecordBatch, num_features: int, meta: Mapping[str, Any]
+    ) -> logs.Chunk:
+        return logs.Chunk(
+            dataset=self.dataset,
+            partition=partition,
+            kind=kind,
+            data=encode_batch(batch),
+            head=head_fields(batch.schema, num_rows=batch.num_rows, num_features=num_features, meta=meta),
+            num_rows=batch.num_rows,
+        )
+
+    def _append_outcome(self, kind: str, batch: pa.RecordBatch, meta: Mapping[str, Any]) -> None:
+        partitions = keys.partitions_of(batch.column("example_digest"), self.spec.partitions)
+        chunks = [
+            self._chunk(int(partition), kind, batch.filter(pa.array(partitions == partition)), 0, meta)
+            for partition in np.unique(partitions)
+        ]
+        self.append(chunks)
+
+
+def names(first: int, last: int) -> list[str]:
+    """Give the ids that post_ids makes, sorted as text."""
+    return sorted(f"e{i}" for i in range(first, last))

@@ -1,0 +1,269 @@
+"""`das recover` on both servers: what is lost is refused and said, what survives is kept, scoring is made up for."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from das_service import logs
+from das_service import recover as recovery
+from das_service.errors import ConflictError, UnavailableError
+from das_service.recover import Report, recover
+from das_service.registry import Registry
+from das_service.rescore import read_plan
+from das_service.sink import Sink
+from schemas import keys
+from schemas.entries import Position
+from tests.conftest import Server, make_settings
+from tests.feeding import Feeding, names
+
+
+@pytest.fixture
+def feeding(own_server: Server, tmp_path: Path) -> Iterator[Feeding]:
+    with own_server.client() as client:
+        feeding = Feeding(make_settings(own_server, tmp_path, commit_seconds=0.5), client)
+        yield feeding
+        feeding.close()
+
+
+def lose_everything(feeding: Feeding) -> None:
+    """The server comes back empty."""
+    feeding.client.flushall()
+
+
+class Rewind:
+    """Puts a server back to an earlier state, as a restored copy of its disk does."""
+
+    def __init__(self, server: Server, copy: Path) -> None:
+        self._server = server
+        self._copy = copy
+
+    def keep(self) -> None:
+        self._server.kill()
+        shutil.copytree(self._server.folder, self._copy)
+        self._server.start()
+
+    def put_back(self) -> None:
+        self._server.kill()
+        shutil.rmtree(self._server.folder)
+        shutil.copytree(self._copy, self._server.folder)
+        self._server.start()
+
+
+def problems(feeding: Feeding) -> set[str]:
+    found = logs.check_logs(feeding.client, feeding.folder, "ads")
+    return {problem.code for problem in found}
+
+
+def run(feeding: Feeding, sink: Sink | None = None) -> Sink:
+    sink = sink or feeding.sink()
+    feeding.run(sink, steps=12)
+    return sink
+
+
+def rescored(feeding: Feeding) -> list[str]:
+    return sorted(row["example_id"] for row in feeding.read_group("f", "rescore:f"))
+
+
+def test_nothing_is_recovered_when_nothing_is_lost(feeding: Feeding) -> None:
+    feeding.post_ids(0, 10)
+    run(feeding)
+    with pytest.raises(ConflictError) as refusal:
+        recover(feeding.settings)
+    assert refusal.value.code == "nothing_lost"
+
+
+def test_after_an_empty_server_the_tables_go_on_in_a_new_epoch(feeding: Feeding) -> None:
+    feeding.post_ids(0, 10)
+    sink = run(feeding)
+    feeding.post_ids(10, 15)  # acknowledged, in the lost log alone
+    lose_everything(feeding)
+    run(feeding, sink)
+    assert ["registry" in sink.health()[0], "log_lost" in sink.health()[1]] == [True, True]
+    with pytest.raises(UnavailableError, match="recover"):
+        Registry(feeding.client, feeding.folder).check()
+    report = recover(feeding.settings)
+    assert (report.registry_restored, report.epochs, problems(feeding)) == (True, {"ads": 2}, set())
+    assert [(log.partition, log.log, log.server_had, log.surviving_entries) for log in report.logs] == [
+        (0, "examples", None, 0), (1, "examples", None, 0),
+    ]  # fmt: skip
+    feeding.post_ids(5, 20)
+    run(feeding, sink)
+    assert (sink.health(), feeding.ids("examples"), feeding.kept_rows()) == ([], names(0, 20), 0)
+    positions = {row["log_position"] >> 40 for row in feeding.rows("examples")}
+    assert positions == {0, 1}
+
+
+def test_a_sink_that_starts_after_the_loss_says_so(feeding: Feeding) -> None:
+    feeding.post_ids(0, 10)
+    run(feeding)
+    lose_everything(feeding)
+    assert "recover" in run(feeding).health()[0]
+
+
+def test_the_registry_comes_back_from_its_copy(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    run(feeding)
+    before = feeding.registry.read_copy()
+    lose_everything(feeding)
+    recover(feeding.settings)
+    after = {key.decode(): value.decode() for key, value in feeding.client.hgetall(keys.REGISTRY).items()}
+    assert {**after, "revision": ""} == {**before, "revision": ""}
+    assert int(after["revision"]) > int(before["revision"])
+    Registry(feeding.client, feeding.folder).check()
+
+
+def test_one_lost_log_is_enough_and_the_others_are_kept(feeding: Feeding) -> None:
+    run(feeding)
+    feeding.post_ids(0, 40, chunk_rows=5)
+    other = [row for row in names(0, 40) if keys.digests([row.encode()])[8] % 2 == 1]
+    feeding.client.delete(keys.log("ads", 0, "examples"))
+    assert problems(feeding) == {"log_lost"}
+    recover(feeding.settings)
+    sink = run(feeding)
+    assert (feeding.ids("examples"), sink.health()) == (other, [])
+    feeding.post_ids(0, 40)
+    run(feeding, sink)
+    assert (feeding.ids("examples"), sink.health()) == (names(0, 40), [])
+
+
+def test_after_a_rewound_server_surviving_entries_are_committed(
+    feeding: Feeding, own_server: Server, tmp_path: Path
+) -> None:
+    rewind = Rewind(own_server, tmp_path / "copy")
+    feeding.post_ids(0, 10)
+    sink = run(feeding)
+    feeding.post_ids(10, 20)
+    rewind.keep()
+    feeding.post_ids(20, 30)
+    feeding.client.set(keys.owner("sink"), "somebody else")  # 10..30 stay in the log
+    rewind.put_back()
+    feeding.client.hincrby(keys.counters("ads", 0), "epoch", -1)
+    assert problems(feeding) == {"log_rewound"}
+    report = recover(feeding.settings)
+    assert {log.surviving_entries for log in report.logs} == {1}
+    run(feeding, sink)
+    assert feeding.ids("examples") == names(0, 20)
+    feeding.post_ids(25, 35)
+    run(feeding, sink)
+    assert (feeding.ids("examples"), sink.health()) == (sorted(names(0, 20) + names(25, 35)), [])
+    assert feeding.kept_rows() == 0
+
+
+def test_a_server_behind_the_tables_is_refused_until_it_is_recovered(
+    feeding: Feeding, own_server: Server, tmp_path: Path
+) -> None:
+    rewind = Rewind(own_server, tmp_path / "copy")
+    feeding.post_ids(0, 10)
+    rewind.keep()
+    for first in range(10, 30, 5):
+        feeding.post_ids(first, first + 5)
+    sink = run(feeding)
+    rewind.put_back()
+    run(feeding, sink)
+    assert "log_rewound" in sink.health()[0]
+    recover(feeding.settings)
+    run(feeding, sink)
+    feeding.post_ids(25, 40)
+    run(feeding, sink)
+    assert (feeding.ids("examples"), sink.health()) == (names(0, 40), [])
+    info = sink.info()["datasets"]["ads"]
+    assert (info["rows"], info["duplicates"]) == (40, 5)
+
+
+def test_examples_whose_scoring_was_lost_are_scored_again(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 10)
+    feeding.read_group("f")
+    feeding.score("f", names(0, 4))
+    feeding.fail("f", ["e4"])
+    sink = run(feeding)
+    feeding.score("f", ["e5"])  # acknowledged by the worker, in the lost scored log alone
+    lose_everything(feeding)
+    report = recover(feeding.settings)
+    assert report.rescoring == {"ads/f": 1}
+    feeding.post_ids(10, 12)
+    run(feeding, sink)
+    assert rescored(feeding) == names(5, 10)
+    assert sorted(row["example_id"] for row in feeding.read_group("f")) == ["e10", "e11"]
+    assert read_plan(feeding.folder, "ads", "f").is_done
+
+
+def test_what_the_surviving_log_still_brings_is_not_scored_twice(
+    feeding: Feeding, own_server: Server, tmp_path: Path
+) -> None:
+    rewind = Rewind(own_server, tmp_path / "copy")
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 4)
+    feeding.read_group("f")
+    feeding.score("f", names(0, 3))
+    feeding.post_ids(4, 8)
+    rewind.keep()
+    feeding.post_ids(8, 12)
+    sink = run(feeding)  # 0..12 are in the table, 0..3 scored
+    rewind.put_back()
+    recover(feeding.settings)
+    run(feeding, sink)
+    assert sorted(row["example_id"] for row in feeding.read_group("f")) == names(4, 8)
+    assert rescored(feeding) == sorted(["e3", *names(8, 12)])
+
+
+def test_an_fm_is_not_given_examples_from_before_its_start(feeding: Feeding) -> None:
+    sink = run(feeding)
+    feeding.post_ids(0, 5)
+    run(feeding, sink)
+    feeding.declare_fm("f")
+    feeding.post_ids(5, 10)
+    run(feeding, sink)
+    lose_everything(feeding)
+    recover(feeding.settings)
+    run(feeding, sink)
+    assert rescored(feeding) == names(5, 10)
+
+
+@pytest.mark.parametrize("step", ["write_logs_file", "write_plan", "run_script"])
+def test_a_recovery_that_was_cut_can_be_run_again(feeding: Feeding, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 10)
+    feeding.read_group("f")
+    sink = run(feeding)
+    lose_everything(feeding)
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, step, cut)
+        with pytest.raises(KeyboardInterrupt):
+            recover(feeding.settings)
+    assert problems(feeding) != set()
+    report = recover(feeding.settings)
+    assert report.epochs["ads"] >= 2
+    feeding.post_ids(10, 20)
+    run(feeding, sink)
+    assert (feeding.ids("examples"), sink.health(), rescored(feeding)) == (names(0, 20), [], names(0, 10))
+
+
+def test_groups_and_generations_are_made_again(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    run(feeding)
+    lose_everything(feeding)
+    recover(feeding.settings)
+    groups = logs.read_groups(feeding.client, "ads", range(2), "examples")
+    assert {partition: list(found) for partition, found in groups.items()} == {0: ["fm:f"], 1: ["fm:f"]}
+    assert feeding.client.get(keys.generation("ads", 0, "f")) == b"0"
+
+
+def test_the_report_can_be_read(feeding: Feeding) -> None:
+    feeding.post_ids(0, 10)
+    run(feeding)
+    with contextlib.suppress(redis.exceptions.ResponseError):
+        lose_everything(feeding)
+    report: Report = recover(feeding.settings)
+    lines = str(report).splitlines()
+    assert lines[:2] == ["the registry was restored from its copy", "dataset ads goes on in epoch 2"]
+    assert f"the table has it up to {Position(epoch=1, seq=0).entry_id}" in lines[2]
