@@ -125,23 +125,22 @@ def canonical_columns(
     The schema must fit (schema_differences is empty). Nullable features that are missing are null throughout.
     """
     num_rows = sum(batch.num_rows for batch in batches)
-
-    def chunks_of(name: str) -> list[pa.Array]:
-        index = schema.get_field_index(name)
-        return [batch.column(index) for batch in batches]
-
+    place_of = {name: place for place, name in enumerate(schema.names)}
     columns = {
         "example_id": id_column(schema, batches, budget),
         "event_time": time_column(schema, batches, errors),
     }
     for feature in spec.features:
-        if feature.name not in schema.names:
+        place = place_of.get(feature.name)
+        if place is None:
             columns[feature.name] = null_column(feature, num_rows, budget)
-        elif feature.type == "vector":
-            array = _one_array(chunks_of(feature.name), pa.list_(pa.float32()))
+            continue
+        chunks = [batch.column(place) for batch in batches]
+        if feature.type == "vector":
+            array = _one_array(chunks, pa.list_(pa.float32()))
             columns[feature.name] = packed_vectors(array, feature, budget=budget, errors=errors)
         else:
-            columns[feature.name] = _plain_column(chunks_of(feature.name), feature.arrow_type, budget)
+            columns[feature.name] = _plain_column(chunks, feature.arrow_type, budget)
     return columns
 
 

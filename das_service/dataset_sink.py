@@ -15,13 +15,12 @@ from das_service.logs import (
     LogsFile,
     dead_log,
     read_counters,
-    rescore_log,
     scored_log,
     table_of_log,
 )
 from das_service.redis_client import UNREACHABLE
 from das_service.registry import Catalog, FmRecord
-from das_service.rescore import RESCORE_BYTES, Rescorer, keep_starts, leave_log
+from das_service.rescore import Rescorer, keep_starts, leave_log
 from das_service.table_rows import TableContent, dead_letters_content, examples_content, supervision_content
 from das_service.trimming import Trimmer, kinds_of
 from schemas import keys
@@ -30,6 +29,8 @@ from schemas.tables import dead_letters_table, supervision_table
 
 log = logging.getLogger("das.sink")
 _COMPACT_SECONDS = 2.0
+_CATCH_UP_SECONDS = 0.5
+_BUSY_FACTOR = 2
 
 
 class DatasetSink:
@@ -94,10 +95,10 @@ class DatasetSink:
                 self._trim(kind)
         return busy
 
-    def tend(self, *, now: float) -> None:
+    def tend(self, *, now: float, is_busy: bool = False) -> None:
         """Do what is due now and then: trim what FMs have finished, let stragglers leave, feed them, compact.
 
-        now: monotonic seconds.
+        now: monotonic seconds. is_busy: commits are being made all the time, so that compaction can wait a while.
 
         Raises:
             redis.exceptions.ConnectionError: The server can't be reached.
@@ -117,7 +118,7 @@ class DatasetSink:
         else:
             self._tending_problem = ""
         self._report_backlogs()
-        self._compact(now)
+        self._compact(now, is_busy=is_busy)
 
     def close(self) -> None:
         """Forget the loaded tables: another process owns them."""
@@ -177,22 +178,25 @@ class DatasetSink:
 
     def _catch_up(self) -> None:
         """Feed FMs what they have to get from the examples table, once their own tables are up to date."""
-        if self._rescorer is None or not self._feeds[EXAMPLES].positions:
+        examples = self._feeds.get(EXAMPLES)
+        if self._rescorer is None or examples is None or not examples.positions:
             return
+        until = time.monotonic() + _CATCH_UP_SECONDS
         for fm in self._fms:
-            kept = sum(found.kept_bytes for (_, kind), found in self._counters.items() if kind == rescore_log(fm))
-            outputs = [self._feeds.get(kind) for kind in (scored_log(fm), dead_log(fm))]
-            if kept < RESCORE_BYTES and not any(feed is not None and feed.has_older_epochs for feed in outputs):
-                self._rescorer.feed(fm)
+            outcomes = [self._feeds.get(kind) for kind in (scored_log(fm), dead_log(fm))]
+            if any(feed is not None and feed.has_older_epochs for feed in outcomes):
+                continue
+            while self._rescorer.has_room(fm) and self._rescorer.feed(fm) is not None and time.monotonic() < until:
+                pass
 
-    def _compact(self, now: float) -> None:
+    def _compact(self, now: float, *, is_busy: bool) -> None:
         """Take a compaction step, so that commits do not wait long; at the wish of `das compact` as many as it takes.
 
         Then every event day's small files are put together, and the wish is met when there are none.
         """
         client, settings = self._work.client, self._work.settings
         wish = client.hget(keys.COMPACT, self.dataset)
-        most = settings.compact_files if wish is None else 1
+        most = settings.compact_files * (_BUSY_FACTOR if is_busy else 1) if wish is None else 1
         until = time.monotonic() + _COMPACT_SECONDS
         busy = True
         while busy and time.monotonic() < until:

@@ -37,6 +37,7 @@ log = logging.getLogger("das.sink")
 Counters = Mapping[tuple[int, str], LogCounters]
 Taken = Sequence[tuple[int, Entry]]
 TRIES = 5
+_BURST_ROWS, _QUIET_SECONDS = 5_000, 0.5  # so much, and no more coming: worth a commit before its time
 VACUUM_SECONDS = 3600.0
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 30.0
 _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
@@ -78,6 +79,8 @@ class Feed:
         self._is_open = False
         self._trouble = _Trouble()
         self._waiting_since: float | None = None
+        self._waiting_rows = 0
+        self._grew_at = 0.0
         self.has_older_epochs = logs.epoch > 1
         self._base: dict[int, tuple[int, int]] = {}
         self._counted = dict.fromkeys(("rows", "duplicates", "conflicting"), 0)
@@ -129,10 +132,7 @@ class Feed:
                 if self._trouble.tries == 0:
                     self._trouble = _Trouble()
                 return False
-            if self._trouble.tries >= TRIES:
-                self._commit_one_by_one(waiting)
-            else:
-                self._commit(self._read(waiting))
+            is_moved = self._advance(waiting)
         except UNREACHABLE:
             raise
         except Exception as error:  # noqa: BLE001 - a table that fails must not stop the others; health shows it
@@ -140,8 +140,9 @@ class Feed:
             return False
         self._trouble = _Trouble()
         self._waiting_since = None
-        self.committed_at = now
-        return True
+        if is_moved:
+            self.committed_at = now
+        return is_moved
 
     def compact(self, *, now: float, most_small_files: int) -> bool:
         """Put some small files together if there are too many; give whether that was done. now: monotonic seconds."""
@@ -195,14 +196,26 @@ class Feed:
             return False
         if self._waiting_since is None:
             self._waiting_since = now
+        if waiting.num_rows != self._waiting_rows:
+            self._waiting_rows, self._grew_at = waiting.num_rows, now
+        is_end_of_burst = waiting.num_rows >= _BURST_ROWS and now - self._grew_at >= _QUIET_SECONDS
         settings = self._work.settings
         return (
             draining
             or self._trouble.tries > 0
             or waiting.num_rows >= settings.commit_rows
             or waiting.num_bytes >= settings.commit_bytes
+            or is_end_of_burst
             or now - self._waiting_since >= settings.commit_seconds
         )
+
+    def _advance(self, waiting: Waiting) -> bool:
+        """Make the next commit, entry by entry after too many failures; give whether there was anything to commit."""
+        if self._trouble.tries >= TRIES:
+            return self._commit_one_by_one(waiting)
+        taken = self._read(waiting)
+        self._commit(taken)
+        return bool(taken)
 
     def _read(self, waiting: Waiting) -> Taken:
         """Give the entries of the next commit.
@@ -257,32 +270,38 @@ class Feed:
         known = self.table.known_rows(dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
         return settle_identity(rows, known, self._work.duck)
 
-    def _commit_one_by_one(self, waiting: Waiting) -> None:
+    def _commit_one_by_one(self, waiting: Waiting) -> bool:
         """Commit each entry by itself; one that can't be goes to `dead_chunks` and its position is passed."""
         count = waiting.entries_per_read(len(self.positions))
-        reply = read_after(self._work.client, self.table.dataset, self.kind, self.positions, count=count)
-        for partition, entry in in_order(reply):
+        taken = list(
+            in_order(read_after(self._work.client, self.table.dataset, self.kind, self.positions, count=count))
+        )
+        for partition, entry in taken:
             try:
                 self._commit([(partition, entry)])
             except Exception as error:
                 if _is_systemic(error):
                     raise
-                log.exception("%s: entry %s goes to dead_chunks", self._name, entry.position.entry_id)
                 self._divert(partition, entry, error)
+        return bool(taken)
 
     def _divert(self, partition: int, entry: Entry, error: Exception) -> None:
-        work = self._work
+        """Put an entry into `dead_chunks` and pass it, unless its commit went through before it failed."""
+        self.table.open(epoch=self.epoch)
+        at = self.table.state.positions.get(partition)
+        if at is not None and at.number >= entry.position.number:
+            return
+        log.error("%s: entry %s goes to dead_chunks", self._name, entry.position.entry_id, exc_info=error)
         divert(
-            work.folder,
+            self._work.folder,
             self.table.dataset,
             kind=self.kind,
             partition=partition,
             entry=entry,
             reason=f"{type(error).__name__}: {error}",
-            retention_hours=work.settings.retention_hours,
+            retention_hours=self._work.settings.retention_hours,
         )
-        work.metrics.dead_chunks.labels(self.table.dataset, self.kind).inc()
-        self.table.open(epoch=self.epoch)
+        self._work.metrics.dead_chunks.labels(self.table.dataset, self.kind).inc()
         self.table.commit(self._content.schema.empty_table(), {partition: entry.position})
 
     def _note(self, error: Exception, now: float) -> None:

@@ -115,11 +115,14 @@ class LogGuard:
             raise UnavailableError(f"the tables' folder can't be read: {error}") from error
 
     def _compare(self) -> Verdict:
-        copied = parse_catalog(self._registry.read_copy())
         try:
             self._registry.check()
         except UnavailableError as error:
             return Verdict(registry_error=error, problems=(), floors={})
+        copied = parse_catalog(self._registry.read_copy())
+        if copied.revision < read_revision(self._probe):  # whoever changed it was cut before it could copy
+            self._registry.copy()
+            copied = parse_catalog(self._registry.read_copy())
         problems, floors = [], {}
         for dataset in copied.datasets:
             problems += check_logs(self._probe, self._folder, dataset)

@@ -27,7 +27,7 @@ def readiness_problems(findings: Findings, settings: Settings, *, now: float) ->
         problems.append(f"the online store uses {findings.memory_ratio:.0%} of its maxmemory")
     if findings.catalog is not None:
         problems += _absent_roles(findings, findings.catalog)
-    return problems
+    return problems + _told_by_peers(findings)
 
 
 def _log_problems(findings: Findings) -> list[str]:
@@ -55,6 +55,16 @@ def _absent_roles(findings: Findings, catalog: Catalog) -> list[str]:
             work = "its examples stay unscored" if record.active is not None else "its snapshot waits for validation"
             problems.append(f"no worker is alive for FM {record.fm!r} of dataset {dataset!r}: {work}")
     return problems
+
+
+def _told_by_peers(findings: Findings) -> list[str]:
+    """Give what living workers and sinks say is wrong with themselves."""
+    return [
+        f"{peer.role} {peer.instance}: {problem}"
+        for peer in findings.peers.values()
+        if peer.alive
+        for problem in peer.info.get("problems", ())
+    ]
 
 
 def write_probe(client: redis.Redis) -> str | None:

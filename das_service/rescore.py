@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from das_service.duck import Duck
 from das_service.folder import Folder
 from das_service.ingest import encode_chunks
-from das_service.logs import EXAMPLES, AppendLimits, append_chunks, read_groups, rescore_log
+from das_service.logs import EXAMPLES, AppendLimits, append_chunks, read_counters, read_groups, rescore_log
 from das_service.offline_store import DataFile, TableReader, table_place
 from das_service.redis_client import run_script
 from das_service.settings import MIB
@@ -203,14 +203,20 @@ class Rescorer:
         self._epoch = epoch
         self._examples = TableReader(table_place(folder, dataset, EXAMPLES))
 
-    def feed(self, fm: str) -> int:
-        """Append the next part of what an FM has to be fed; give how many examples that were.
+    def has_room(self, fm: str) -> bool:
+        """Give whether an FM's rescore log is short enough to be fed."""
+        kind = rescore_log(fm)
+        found = read_counters(self._client, self._dataset, range(self._spec.partitions), [kind])
+        return sum(counters.kept_bytes for counters in found.values()) < RESCORE_BYTES
+
+    def feed(self, fm: str) -> int | None:
+        """Append the next part of what an FM has to be fed; give how many examples that were, None when all is done.
 
         A part is a few log positions, or a slice of a day. The caller sees to it that the rescore log has room.
         """
         plan = read_plan(self._folder, self._dataset, fm)
         if plan.is_done:
-            return 0
+            return None
         self._examples.refresh()
         num_rows, left = self._feed_gaps(fm, plan) if plan.gaps else self._feed_slice(fm, plan)
         write_plan(self._folder, self._dataset, fm, left)

@@ -28,6 +28,7 @@ log = logging.getLogger("das.sink")
 _POLL_SECONDS = 0.1
 _TEND_SECONDS = 1.0
 _DRAIN_SHARE = 0.7
+_SILENT_SECONDS = 30.0
 _THREADS = 2
 
 
@@ -55,6 +56,7 @@ class Sink:
         self._catalog: Catalog | None = None
         self._datasets: dict[str, DatasetSink] = {}
         self._registry_problem = ""
+        self._stepped_at = time.monotonic()
         self._tended_at = float("-inf")
         self._problems: list[str] = ["starting"]
         self._info: dict[str, Any] = {}
@@ -69,6 +71,7 @@ class Sink:
 
     def step(self, *, now: float) -> bool:
         """Do what is due; give whether commits were made, so that more may be due. now: monotonic seconds."""
+        self._stepped_at = time.monotonic()
         try:
             is_tending = now - self._tended_at >= _TEND_SECONDS
             if is_tending:
@@ -79,7 +82,7 @@ class Sink:
             busy = [dataset.turn(now=now) for dataset in self._datasets.values()]
             if is_tending:
                 for dataset in self._datasets.values():
-                    dataset.tend(now=now)
+                    dataset.tend(now=now, is_busy=any(busy))
                 self._report(now)
         except UNREACHABLE as error:
             self._problems = [f"the server can't be reached: {error}"]
@@ -105,6 +108,9 @@ class Sink:
 
     def health(self) -> list[str]:
         """Give what is wrong, in words; a sink that stands by is well."""
+        silent_seconds = time.monotonic() - self._stepped_at
+        if silent_seconds > _SILENT_SECONDS:
+            return [f"the sink has been at one step for {silent_seconds:.0f} s", *self._problems]
         return list(self._problems)
 
     def info(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Trimmer:
         ends = {
             partition: Position(epoch=found.epoch, seq=found.last)
             for (partition, name), found in counters.items()
-            if name == kind and found.last >= 0
+            if name == kind
         }
         self.trim(kind, ends, groups=[keys.group(fm)])
 

@@ -1,7 +1,7 @@
 """`das demo`: the service on public data, from raw purchases to supervision that a trainer can read.
 
-A teacher is trained on weeks 1-26 of Complete Journey, published, and the weeks after are streamed over HTTP in the
-order of time, as a product would; then every impression is looked up, as a trainer would. The last line is a JSON record.
+A teacher is trained on weeks 1-26 of Complete Journey and published; the weeks after are streamed over HTTP in the
+order of time, as a product would; then every impression is looked up, as a trainer would. The last line is JSON.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from fm_inference.archive import check_archive
 from fm_inference.features import FeatureError, build_tensors
 from fm_inference.golden import Answers, differences, golden_table, used_features, write_golden
 from fm_inference.outputs import ModelOutputError, all_finite, first_line, named_outputs, not_finite_error
-from fm_inference.signature import Signature
+from fm_inference.signature import Signature, implied_dataset, read_signature
 from fm_inference.synthetic import synthetic_rows
 from fm_inference.vocabulary import Vocabulary, VocabularyError
 from schemas.snapshot import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, VocabularyEncode
@@ -38,9 +39,11 @@ _Vocabularies = Mapping[str, Vocabulary]
 
 
 def export_snapshot(
-    module: nn.Module, signature: Signature, path: Path | str, *, trained_through: datetime
+    module: nn.Module, signature: Signature | Mapping[str, Any], path: Path | str, *, trained_through: datetime
 ) -> Manifest:
     """Write the module as a snapshot folder at `path` and give its manifest.
+
+    signature: a Signature, or its fields as they stand in snapshot.json (fm, snapshot_id, inputs, outputs, max_batch).
 
     The module is exported in eval mode (and left in the mode it had), with its batch dimension free from 1 to
     max_batch, on tensors that the worker's own feature functions built from the golden rows, or from rows made up from
@@ -52,7 +55,7 @@ def export_snapshot(
         FileExistsError: Something is at `path` already: a snapshot never changes.
         ValueError: trained_through has no time zone.
     """
-    folder = Path(path)
+    folder, signature = Path(path), read_signature(signature)
     if trained_through.tzinfo is None:
         raise ValueError("trained_through needs a time zone: datetime(..., tzinfo=UTC)")
     if folder.exists() or folder.is_symlink():
@@ -96,9 +99,7 @@ def _example_rows(signature: Signature) -> pa.Table:
     """Give the rows to export and check on: the golden ones, else made-up ones; only the columns that inputs use."""
     rows = signature.golden
     if rows is None:
-        if signature.dataset is None:
-            raise SnapshotError(["there are neither golden rows nor a dataset to make rows of"])
-        rows = synthetic_rows(signature.dataset, EXAMPLE_ROWS)
+        rows = synthetic_rows(signature.dataset or implied_dataset(signature.inputs), EXAMPLE_ROWS)
     names = used_features(signature.inputs)
     missing = [name for name in names if name not in rows.column_names]
     if missing:

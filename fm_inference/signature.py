@@ -1,7 +1,7 @@
 """What a model takes and gives, as its team states it, and whether that fits the dataset it is for."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,12 +20,15 @@ from schemas.snapshot import (
     VocabularyEncode,
 )
 
+_WRITTEN_BY_EXPORT = frozenset({"format", "created_at", "trained_through", "files"})
+
 
 class Signature(BaseModel):
     """The manifest's part that a team writes; `inputs` and `outputs` may be given in their JSON form.
 
     `golden`: rows in the dataset's columns, kept with the answers expected for them. `dataset`: the declaration, to
-    check against and to make example rows of. One of the two is needed. `vocabularies`: file name -> known values.
+    check against and to make example rows of. With neither, example rows are made of what the inputs imply, which
+    cannot tell a vector from a float. `vocabularies`: file name -> known values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -41,8 +44,8 @@ class Signature(BaseModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if self.dataset is None and (self.golden is None or self.golden.num_rows == 0):
-            raise ValueError("a signature needs golden rows, or the dataset to make example rows of")
+        if self.golden is not None and self.golden.num_rows == 0:
+            raise ValueError("golden has no rows; leave it out")
         taken = sorted({MANIFEST_FILE, MODEL_FILE, GOLDEN_FILE} & self.vocabularies.keys())
         if taken:
             raise ValueError(f"vocabularies: {', '.join(taken)} is the name of another file of the folder")
@@ -55,6 +58,33 @@ class Signature(BaseModel):
     def built_vocabularies(self) -> dict[str, Vocabulary]:
         """Give each vocabulary ready for look-ups, by file name."""
         return {name: Vocabulary(values) for name, values in self.vocabularies.items()}
+
+
+def read_signature(signature: "Signature | Mapping[str, Any]") -> "Signature":
+    """Give the signature; a mapping may have the other keys of snapshot.json too, which export writes itself.
+
+    Raises:
+        pydantic.ValidationError: It is not one.
+    """
+    if isinstance(signature, Signature):
+        return signature
+    return Signature.model_validate({key: value for key, value in signature.items() if key not in _WRITTEN_BY_EXPORT})
+
+
+def implied_dataset(inputs: tuple[Input, ...]) -> DatasetSpec:
+    """Give a dataset that these inputs could be of: float features, string categories, lists where there is pad_to."""
+    features: dict[str, dict[str, Any]] = {}
+    for wanted in inputs:
+        pad_to = None if isinstance(wanted.encode, FloatEncode) else wanted.encode.pad_to
+        for name in wanted.features:
+            if isinstance(wanted.encode, FloatEncode):
+                features[name] = {"type": "float"}
+            elif pad_to is None:
+                features[name] = {"type": "category", "value_type": "string"}
+            else:
+                features[name] = {"type": "category_list", "value_type": "string", "max_length": pad_to}
+    named = [{"name": name, "nullable": True, **fields} for name, fields in features.items()]
+    return DatasetSpec.model_validate({"features": named})
 
 
 def fit_reasons(inputs: tuple[Input, ...], outputs: Outputs, spec: DatasetSpec) -> list[str]:

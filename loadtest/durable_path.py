@@ -2,10 +2,10 @@
 
     ingest      POSTs of 5,000-row Arrow chunks before any FM is declared, against XADD of the same entries
     end_to_end  first POST to the last row both in lookup and committed, all roles running, a nearly free FM
-    lookup      4,096 random ids (5 % unknown) over HTTP against MGET of the same keys with redis-py, interleaved
+    lookup      4,096 random ids (5 % unknown) over HTTP against MGET of the same keys, interleaved
 
-Server with `appendfsync always`. Bodies and keys are made before the clock starts; generator, roles and server share the
-machine. Everything is measured in one run; rates are of rows, ratios are to the floor of the same run.
+Server with `appendfsync always`. Bodies and keys are made before the clock starts; generator, roles and server share
+the machine. Everything is measured in one run; rates are of rows, ratios are to the floor of the same run.
 """
 
 import argparse

@@ -11,11 +11,14 @@ import redis
 from das_service.beats import forget
 from das_service.folder import Folder
 from das_service.logs import Mark, write_mark
+from das_service.redis_client import run_script
+from das_service.registry import Registry
 from das_service.settings import Settings
 from schemas import keys
+from schemas.dataset import DatasetSpec
 from schemas.entries import Position
 from tests.conftest import Server, make_settings
-from tests.served import Api, Stand, beat_as, examples, serve
+from tests.served import SPEC, Api, Stand, beat_as, examples, serve
 
 
 def problems(api: Api) -> list[str]:
@@ -68,6 +71,13 @@ def test_optional_fms_need_no_worker(api: Api, store: redis.Redis) -> None:
     Stand(api.settings, store).validate("s0")
 
     assert problems(api) == []
+
+
+def test_what_a_living_worker_says_of_itself_is_told(api: Api, store: redis.Redis) -> None:
+    beat_as(store, "sink", count=1, problems=[])
+    beat_as(store, "worker", count=1, fms=[], problems=["ads/f: the model does not load"])
+
+    assert problems(api) == ["worker worker-test: ads/f: the model does not load"]
 
 
 def test_little_disk_is_named(settings: Settings) -> None:
@@ -215,6 +225,14 @@ def test_a_log_that_vanished_is_noticed_and_nothing_is_papered_over(api: Api, st
     assert "das recover" in answer.json()["detail"]
     assert store.exists(keys.log("ads", 1, "examples")) == 0
     assert api.http.put("/v1/datasets/ads/fms/f", json={}).status_code == 503
+
+
+def test_a_registry_that_was_changed_and_not_copied_is_copied(api: Api, store: redis.Redis) -> None:
+    run_script(store, "swap", [keys.REGISTRY], ["dataset/cut", "", DatasetSpec.model_validate(SPEC).model_dump_json()])
+
+    api.look()
+
+    assert "dataset/cut" in Registry(store, Folder(api.settings.tables_uri)).read_copy()
 
 
 def test_a_damaged_file_beside_the_tables_is_named(api: Api) -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import redis
 
+from das_service import lookup
 from das_service.settings import Settings
 from schemas import keys
 from schemas.codecs import decode, encode
@@ -328,3 +329,36 @@ def test_twenty_thousand_ids_are_one_answer(scored: Api) -> None:
 
     assert table["example_id"].to_pylist() == ids
     assert table["f__click__logit"].to_pylist() == [float(i % 20) if i % 20 < 10 else None for i in range(20_001)]
+
+
+def test_a_row_that_is_scored_between_the_two_looks_is_not_called_missing(
+    api: Api, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand.validate()
+    api.post(examples(0, 10))
+    real = lookup.unfinished_partitions
+
+    def finish_first(*arguments: Any) -> set[int]:
+        stand.work()
+        return real(*arguments)
+
+    monkeypatch.setattr(lookup, "unfinished_partitions", finish_first)
+
+    assert statuses(api.lookup(["e1", "nobody"])) == ["present", "missing"]
+
+
+def test_a_snapshot_that_was_registered_since_the_catalog_was_read_is_found(api: Api, stand: Stand) -> None:
+    stand.validate("s1")
+    api.lookup(["e1"])
+    cache = api.http.app_state["service"].catalog
+    old = cache.current()
+    stand.validate("s2")
+    api.post(examples(0, 10))
+    stand.work()
+    answers = iter([old, cache.current()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cache), "current", lambda _: next(answers))
+        (row,) = api.lookup(["e1"])
+
+    assert (row["f__status"], row["f__snapshot_id"]) == ("present", "s2")

@@ -70,6 +70,42 @@ def read_one(declared: Declared) -> Delivery:
     return delivery
 
 
+class TwoWorkers:
+    """Workers a and b on the same logs, who may read, take each other's entries over, and publish."""
+
+    def __init__(self, declared: Declared) -> None:
+        self.declared = declared
+        self.held: dict[str, list[Delivery]] = {"a": [], "b": []}
+        self.readers = {name: intake(declared, name) for name in self.held}
+
+    def step(self, worker: str, action: str) -> None:
+        if action == "read":
+            self.held[worker] += self.readers[worker].read(block_ms=1)
+        elif action == "steal":
+            self.claim("b" if worker == "a" else "a", worker)
+            self.readers[worker].recheck()
+        elif self.held[worker]:
+            self.publish(worker, [self.held[worker].pop(0)], 1.0 if worker == "a" else 2.0)
+
+    def claim(self, dead: str, heir: str) -> None:
+        for partition in range(2):
+            stream = keys.log("ads", partition, "examples")
+            run_script(self.declared.client, "claim", [stream], ["fm:f", dead, heir, 100])
+
+    def publish(self, worker: str, deliveries: list[Delivery], value: float) -> None:
+        outcomes = [outcome(self.declared, delivery, value) for delivery in deliveries]
+        publish(self.declared.client, publisher(self.declared, worker), outcomes)
+
+    def finish(self) -> None:
+        """Let a third worker publish all that is left."""
+        last = intake(self.declared, "c")
+        for other in "ab":
+            self.claim(other, "c")
+        while deliveries := last.read(block_ms=1) + last.read(block_ms=1):
+            self.publish("c", deliveries, 3.0)
+            last.finished(deliveries)
+
+
 @given(steps=st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["read", "steal", "publish"])), max_size=40))
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_interleaving_of_two_workers_publishes_each_chunk_once(
@@ -80,46 +116,17 @@ def test_any_interleaving_of_two_workers_publishes_each_chunk_once(
         declared = declare(shared_server, tmp_path_factory.mktemp("interleaving"), client)
         for i in range(NUM_CHUNKS):
             declared.append(i % 2, examples(i * CHUNK_ROWS, CHUNK_ROWS))
-        held: dict[str, list[Delivery]] = {"a": [], "b": []}
-        readers = {name: intake(declared, name) for name in held}
+        workers = TwoWorkers(declared)
+        for worker, action in steps:
+            workers.step(worker, action)
+        workers.finish()
 
-        def publish_oldest(worker: str) -> None:
-            delivery = held[worker].pop(0)
-            value = 1.0 if worker == "a" else 2.0
-            publish(client, publisher(declared, worker), [outcome(declared, delivery, value)])
-
-        def steal(worker: str) -> None:
-            other = "b" if worker == "a" else "a"
-            for partition in range(2):
-                for kind in ("examples", "rescore:f"):
-                    run_script(client, "claim", [keys.log("ads", partition, kind)], ["fm:f", other, worker, 4])
-            readers[worker].recheck()
-
-        for worker, step in steps:
-            if step == "read":
-                held[worker] += readers[worker].read(block_ms=1)
-            elif step == "steal":
-                steal(worker)
-            elif held[worker]:
-                publish_oldest(worker)
-        last = intake(declared, "c")
-        for other in "ab":
-            for partition in range(2):
-                run_script(client, "claim", [keys.log("ads", partition, "examples")], ["fm:f", other, "c", 100])
-        while deliveries := last.read(block_ms=1) + last.read(block_ms=1):
-            for delivery in deliveries:
-                publish(client, publisher(declared, "c"), [outcome(declared, delivery, 3.0)])
-            last.finished(deliveries)
-
-        scored = declared.scored("f")
-        expected = sorted(f"e{i}" for i in range(NUM_CHUNKS * CHUNK_ROWS))
-        assert sorted(row["example_id"] for row in scored) == expected
+        scored = {row["example_id"]: row["click__logit"] for row in declared.scored("f")}
+        ids = [f"e{i}" for i in range(NUM_CHUNKS * CHUNK_ROWS)]
+        assert sorted(row["example_id"] for row in declared.scored("f")) == sorted(ids)
         assert declared.pending("f") == 0
-        online = {
-            row["example_id"]: declared.online(int(row["example_id"][1:]) // 3 % 2, "f", row["example_id"])
-            for row in scored
-        }
-        assert {k: v["click__logit"] for k, v in online.items()} == {r["example_id"]: r["click__logit"] for r in scored}
+        online = [declared.online(i // CHUNK_ROWS % 2, "f", name) for i, name in enumerate(ids)]
+        assert [value["click__logit"] for value in online if value is not None] == [scored[name] for name in ids]
 
 
 def test_a_publish_that_is_sent_twice_changes_nothing_the_second_time(declared: Declared) -> None:

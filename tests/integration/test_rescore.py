@@ -55,4 +55,4 @@ def test_only_the_wished_dead_letters_are_tried_again(feeding: Feeding, rescorer
 
 
 def test_nothing_is_tried_again_where_nothing_failed(feeding: Feeding, rescorer: Rescorer) -> None:
-    assert (rescorer.replay_dead_letters("f"), rescorer.feed("f")) == (0, 0)
+    assert (rescorer.replay_dead_letters("f"), rescorer.feed("f")) == (0, None)

@@ -215,8 +215,7 @@ def test_a_signature_that_does_not_fit_its_rows_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"golden": None}, "needs golden rows, or the dataset"),
-        ({"golden": ROWS.slice(0, 0)}, "needs golden rows, or the dataset"),
+        ({"golden": ROWS.slice(0, 0)}, "golden has no rows"),
         ({"vocabularies": {"model.pt2": ["a"]}}, "model.pt2 is the name of another file"),
         ({"fm": "Not a name"}, "String should match pattern"),
         ({"outputs": {"logits": {}}}, "there is neither a logit nor an embedding"),
@@ -250,3 +249,23 @@ def test_a_signature_that_does_not_fit_the_dataset_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         build_signature(dataset=spec, inputs=[{"tensor": "t"} | inputs], vocabularies={})
+
+
+def test_a_plain_mapping_without_dataset_or_golden_rows_is_enough(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, *, cat: torch.Tensor, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logit": cat.sum(1).float() / 100 + dense.sum(1)}
+
+    signature = {
+        "format": 1,
+        "fm": "f",
+        "snapshot_id": "s1",
+        "max_batch": 64,
+        "inputs": [
+            {"tensor": "cat", "features": ["user"], "encode": {"kind": "hash", "buckets": 10}},
+            {"tensor": "dense", "features": ["price"], "encode": {"kind": "float", "null": 0.5}},
+        ],
+        "outputs": {"logits": {"click": "logit"}, "embeddings": {}},
+    }
+    manifest = export_snapshot(Sum(), signature, tmp_path / "s1", trained_through=datetime(2026, 1, 1, tzinfo=UTC))
+    assert (manifest.fm, tuple(manifest.files)) == ("f", ("model.pt2",))

@@ -47,7 +47,7 @@ def test_rows_that_kill_are_found_through_the_deaths_of_processes(num_rows: int,
             raise ProcessEndedError
 
     failed: dict[int, str] = {}
-    for deaths in range(40):
+    for deaths in range(40):  # noqa: B007 - asked about below
         attempt = resume_attempt(kept[-1].encode() if kept else None, num_rows)
         try:
             failed = try_rows(attempt, np.arange(num_rows), note=lambda a: kept.append(a.to_json()), forward=forward)
