@@ -37,7 +37,7 @@ log = logging.getLogger("das.sink")
 Counters = Mapping[tuple[int, str], LogCounters]
 Taken = Sequence[tuple[int, Entry]]
 TRIES = 5
-_BURST_ROWS, _QUIET_SECONDS = 5_000, 0.5  # so much, and no more coming: worth a commit before its time
+_BURST_ROWS, _QUIET_SECONDS = 5_000, 0.5
 VACUUM_SECONDS = 3600.0
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 30.0
 _EPOCH_DAY = dt.date(1970, 1, 1).toordinal()
@@ -81,6 +81,7 @@ class Feed:
         self._waiting_since: float | None = None
         self._waiting_rows = 0
         self._grew_at = 0.0
+        self._burst_ended_at = 0
         self.has_older_epochs = logs.epoch > 1
         self._base: dict[int, tuple[int, int]] = {}
         self._counted = dict.fromkeys(("rows", "duplicates", "conflicting"), 0)
@@ -198,7 +199,7 @@ class Feed:
             self._waiting_since = now
         if waiting.num_rows != self._waiting_rows:
             self._waiting_rows, self._grew_at = waiting.num_rows, now
-        is_end_of_burst = waiting.num_rows >= _BURST_ROWS and now - self._grew_at >= _QUIET_SECONDS
+        is_end_of_burst = self._is_end_of_burst(waiting, now)
         settings = self._work.settings
         return (
             draining
@@ -216,6 +217,17 @@ class Feed:
         taken = self._read(waiting)
         self._commit(taken)
         return bool(taken)
+
+    def _is_end_of_burst(self, waiting: Waiting, now: float) -> bool:
+        """Give whether much has come and no more does: worth a commit before its time.
+
+        A trickle must not get there row by row: it takes _BURST_ROWS rows since the last such commit.
+        """
+        rows = self.table.state.rows + waiting.num_rows
+        if now - self._grew_at < _QUIET_SECONDS or rows - self._burst_ended_at < _BURST_ROWS:
+            return False
+        self._burst_ended_at = rows
+        return True
 
     def _read(self, waiting: Waiting) -> Taken:
         """Give the entries of the next commit.

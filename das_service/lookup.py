@@ -154,7 +154,7 @@ def _judge_fm(client: redis.Redis, catalog: Catalog, record: FmRecord, asked: _A
         raise UnknownSnapshotNumberError
     status = judge(records, found, waits, trained_through, query.max_freshness_gap_seconds)
     if len(status) and not (status == _PRESENT).all():
-        pass
+        records[status != _PRESENT] = np.zeros((), layout.record)
     return _Judged(status, records, layout, record.snapshots, trained_through)
 
 

@@ -16,6 +16,8 @@ from schemas.dataset import DatasetSpec, example_schema
 from schemas.supervision import SCORED
 from schemas.tables import event_days
 
+_VALUE_HEAD = np.dtype([("f", "u1"), ("state", "u1"), ("z", "S6"), ("t", "<i8")])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -87,27 +89,39 @@ def _known(
     days: NDArray[np.int64],
     bounds: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
+    known = np.zeros(len(days), np.bool_)
+    suspected = _with_values(client, dataset, fm, deliveries, batches)
+    if not suspected:
+        return known
     calls = [
         ScriptCall(
             script("known"),
-            [keys.counters(dataset, delivery.partition)],
-            [keys.online_prefix(dataset, delivery.partition, fm), keys.digest_bytes(batch["example_digest"])],
+            [keys.counters(dataset, deliveries[i].partition)],
+            [keys.online_prefix(dataset, deliveries[i].partition, fm), keys.digest_bytes(batches[i]["example_digest"])],
         )
-        for delivery, batch in zip(deliveries, batches, strict=True)
+        for i in suspected
     ]
-    known = np.zeros(len(days), np.bool_)
-    for delivery, start, reply in zip(deliveries, bounds, run_scripts(client, calls), strict=False):
+    for i, reply in zip(suspected, run_scripts(client, calls), strict=True):
         if isinstance(reply, Exception):
             raise reply
-        if not reply:
-            continue
-        rows = np.array(reply[::2], np.int64) + start
-        heads = np.frombuffer(
-            b"".join(reply[1::2]), np.dtype([("f", "u1"), ("state", "u1"), ("z", "S6"), ("t", "<i8")])
-        )
-        times = pa.array(heads["t"]).cast(pa.timestamp("us", "UTC"))
-        same = _day_numbers(pa.chunked_array([times]), spec.table_granularity) == days[rows]
-        if delivery.kind != EXAMPLES:
-            same &= heads["state"] == SCORED
-        known[rows[same]] = True
+        if reply:
+            rows = np.array(reply[::2], np.int64) + bounds[i]
+            heads = np.frombuffer(b"".join(reply[1::2]), _VALUE_HEAD)
+            times = pa.array(heads["t"]).cast(pa.timestamp("us", "UTC"))
+            same = _day_numbers(pa.chunked_array([times]), spec.table_granularity) == days[rows]
+            if deliveries[i].kind != EXAMPLES:
+                same &= heads["state"] == SCORED
+            known[rows[same]] = True
     return known
+
+
+def _with_values(
+    client: redis.Redis, dataset: str, fm: str, deliveries: Sequence[Delivery], batches: Sequence[pa.RecordBatch]
+) -> list[int]:
+    """Give which entries have examples with an online value: hardly ever any, so this is all that is asked mostly."""
+    pipeline = client.pipeline(transaction=False)
+    for delivery, batch in zip(deliveries, batches, strict=True):
+        prefix = keys.online_prefix(dataset, delivery.partition, fm)
+        digests = keys.digest_bytes(batch["example_digest"])
+        pipeline.exists(*[prefix + digests[at : at + 16] for at in range(0, len(digests), 16)])
+    return [i for i, count in enumerate(pipeline.execute()) if count]

@@ -13,12 +13,12 @@ if redis.call('HGET', KEYS[4], 'epoch') ~= epoch then return {-3, 0} end
 local p = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
 if #p == 0 or p[1][2] ~= ARGV[3] then return {0, 0} end
 
-local function key(i) return prefix .. string.sub(digests, i * 16 - 15, i * 16) end
-local function value(i) return string.sub(values, (i - 1) * width + 1, i * width) end
+local sub = string.sub
 local function put_absent(i)  -- first write wins; only a failure gives way
-  local k = key(i)
-  if not redis.call('SET', k, value(i), 'EX', ttl, 'NX') and redis.call('GETRANGE', k, 1, 1) == '\1' then
-    redis.call('SET', k, value(i), 'EX', ttl)
+  local key = prefix .. sub(digests, i * 16 - 15, i * 16)
+  local value = sub(values, (i - 1) * width + 1, i * width)
+  if not redis.call('SET', key, value, 'EX', ttl, 'NX') and redis.call('GETRANGE', key, 1, 1) == '\1' then
+    redis.call('SET', key, value, 'EX', ttl)
   end
 end
 local n = #digests / 16
@@ -27,13 +27,15 @@ for first = 1, n, 1000 do
   local done = 0
   if ARGV[12] == '1' then
     local args = {last - first + 1}
+    local at = 1  -- counted here: # searches the table each time
     for i = first, last do
-      args[#args + 1] = key(i)
-      args[#args + 1] = value(i)
+      args[at + 1] = prefix .. sub(digests, i * 16 - 15, i * 16)
+      args[at + 2] = sub(values, (i - 1) * width + 1, i * width)
+      at = at + 2
     end
-    args[#args + 1] = 'NX'
-    args[#args + 1] = 'EX'
-    args[#args + 1] = ttl
+    args[at + 1] = 'NX'
+    args[at + 2] = 'EX'
+    args[at + 3] = ttl
     done = redis.call('MSETEX', unpack(args))
   end
   if done == 0 then
