@@ -130,7 +130,7 @@ def train_teacher(
 
     The layers' learning rate falls linearly over the pass, so that the last batches do not decide the calibration.
     Equal seeds and num_threads give equal bits; the process's own random state and number of torch threads stay as they
-    were. Two threads take 0.6 of the time on two idle cores, and five times as long on busy ones: OpenMP waits by
+    were. Two threads take 0.6 of the time on two idle cores, and several times as long on busy ones: OpenMP waits by
     spinning. on_progress receives the number of rows of each batch as it is trained on.
 
     Raises:
