@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,15 @@ from das_service.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIS = ROOT / ".venv" / "redis" / "redis-server"
+STRACE = shutil.which("strace") or str(ROOT / ".venv" / "redis" / "strace")
+collect_ignore = [] if Path(STRACE).exists() else ["faults/test_fsync.py"]
 PROGRAMS = {"valkey": None, **({"redis": REDIS} if REDIS.exists() else {})}
+
+
+def pytest_report_header() -> list[str]:
+    """Say which servers the tests run on, and what is left out because it could not be had."""
+    left_out = [] if Path(STRACE).exists() else ["no strace: tests/faults/test_fsync.py is left out"]
+    return [f"servers: {', '.join(sorted(PROGRAMS))}", *left_out]
 
 
 @dataclass
