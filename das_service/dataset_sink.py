@@ -74,6 +74,9 @@ class DatasetSink:
                 self._feeds[kind].follow(logs, content)
             else:
                 self._feeds[kind] = self._new_feed(kind, content, logs)
+        for fm in self._fms:
+            if scored_log(fm) in self._feeds:
+                self._feeds[scored_log(fm)].failures = self._feeds.get(dead_log(fm))
         self.is_complete = set(wanted) <= set(logs.logs)
         client, folder = self._work.client, self._work.folder
         self._rescorer = Rescorer(
@@ -213,12 +216,20 @@ class DatasetSink:
             kept[kind] = kept.get(kind, 0) + found.kept_bytes
         for kind, num_bytes in kept.items():
             self._work.metrics.backlog_bytes.labels(self.dataset, kind).set(num_bytes)
+        for fm in self._fms:
+            self._work.metrics.dead_letters.labels(self.dataset, fm).set(self._num_failed(fm))
+
+    def _num_failed(self, fm: str) -> int:
+        """Give how many examples the FM has failed on and not scored since."""
+        scored, dead = self._feeds.get(scored_log(fm)), self._feeds.get(dead_log(fm))
+        failed = dead.table.state.rows if dead and dead.positions else 0
+        return max(0, failed - (scored.table.state.mended if scored and scored.positions else 0))
 
     def _fm_info(self, fm: str) -> dict[str, Any]:
-        scored, dead = self._feeds.get(scored_log(fm)), self._feeds.get(dead_log(fm))
+        scored = self._feeds.get(scored_log(fm))
         return {
             supervision_table(fm).partition("/")[0]: scored.table.state.rows if scored and scored.positions else 0,
-            dead_letters_table(fm).partition("/")[0]: dead.table.state.rows if dead and dead.positions else 0,
+            dead_letters_table(fm).partition("/")[0]: self._num_failed(fm),
         }
 
 

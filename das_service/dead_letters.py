@@ -1,5 +1,6 @@
 """Examples that an FM failed on: listed from its table and from its log before the table, and tried again."""
 
+import datetime as dt
 from collections.abc import Collection
 from typing import Any
 
@@ -10,10 +11,10 @@ import redis
 from das_service.duck import Duck
 from das_service.folder import Folder
 from das_service.logs import dead_log, read_after, read_mark
-from das_service.offline_store import TableReader, table_place
+from das_service.offline_store import TablePlace, TableReader, table_place
 from das_service.rescore import Rescorer
 from schemas.dataset import DatasetSpec
-from schemas.tables import dead_letters_table, dead_schema
+from schemas.tables import dead_letters_table, dead_schema, supervision_table
 
 _COLUMNS = ("example_id", "event_time", "snapshot_id", "failed_at", "reason")
 _ENTRIES_PER_PARTITION = 20
@@ -24,7 +25,7 @@ def list_dead_letters(
 ) -> list[dict[str, Any]]:
     """Give up to limit dead letters: first those that are not in the table yet, then those of the newest event days.
 
-    A letter stays listed when the example was scored later.
+    Examples that were scored later are not listed.
     """
     letters = _logged(client, tables, dataset, fm, partitions)[:limit]
     seen = {(letter["example_id"], letter["event_time"]) for letter in letters}
@@ -32,13 +33,30 @@ def list_dead_letters(
     if table.refresh() < 0:
         return letters
     place = table_place(tables, dataset, dead_letters_table(fm))
+    scored_place = table_place(tables, dataset, supervision_table(fm))
+    scored = TableReader(scored_place)
+    scored.refresh()
     for day in sorted(table.days, reverse=True):
         if len(letters) >= limit:
             break
         files = pads.dataset(table.files_of_days([day]), filesystem=place.filesystem, format="parquet")
-        rows = files.scanner(columns=list(_COLUMNS)).head(limit).to_pylist()
-        letters += [row for row in rows if (row["example_id"], row["event_time"]) not in seen][: limit - len(letters)]
-    return letters
+        for batch in files.to_batches(columns=list(_COLUMNS)):
+            later = _scored(scored, scored_place, day, batch["example_id"])
+            rows = [row for row in batch.to_pylist() if row["example_id"] not in later]
+            letters += [row for row in rows if (row["example_id"], row["event_time"]) not in seen]
+            if len(letters) >= limit:
+                break
+    return letters[:limit]
+
+
+def _scored(scored: TableReader, place: TablePlace, day: dt.date, example_ids: pa.Array) -> set[str]:
+    """Give which of these examples of an event day have supervision."""
+    paths = scored.files_of_days([day])
+    if not paths or len(example_ids) == 0:
+        return set()
+    files = pads.dataset(paths, filesystem=place.filesystem, format="parquet")
+    found = files.to_table(columns=["example_id"], filter=pads.field("example_id").isin(example_ids))
+    return set(found["example_id"].to_pylist())
 
 
 def _logged(client: redis.Redis, tables: Folder, dataset: str, fm: str, partitions: int) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ from schemas.entries import Position
 from schemas.tables import EVENT_DAY
 
 log = logging.getLogger("das.offline_store")
-TOTALS = ("rows", "duplicates", "conflicting")
+TOTALS = ("rows", "duplicates", "conflicting", "mended")
 
 
 class LostOwnershipError(Exception):
@@ -135,11 +135,18 @@ class DurableTable:
         return known_rows(self.place, self._days, event_days)
 
     def commit(
-        self, rows: pa.Table, moved: Mapping[int, Position], *, duplicates: int = 0, conflicting: int = 0
+        self,
+        rows: pa.Table,
+        moved: Mapping[int, Position],
+        *,
+        duplicates: int = 0,
+        conflicting: int = 0,
+        mended: int = 0,
     ) -> None:
         """Add rows (none: only positions move) and move the positions of the partitions in `moved`, durably.
 
-        duplicates and conflicting: rows of the same entries that were dropped; they are added to the totals.
+        duplicates and conflicting: rows of the same entries that were dropped; mended: rows of these whose example had
+        been a dead letter; all are added to the totals.
 
         Raises:
             LostOwnershipError: Somebody else has committed; nothing was.
@@ -152,6 +159,7 @@ class DurableTable:
             rows=before.rows + rows.num_rows,
             duplicates=before.duplicates + duplicates,
             conflicting=before.conflicting + conflicting,
+            mended=before.mended + mended,
         )
         added = write_files(self.place, rows) if rows.num_rows else []
         self._write(added, _transactions(self.table, moved, wanted))

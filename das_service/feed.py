@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset as pads
 import redis
 from deltalake.exceptions import DeltaError
 
@@ -23,7 +24,7 @@ from das_service.dead_chunks import divert
 from das_service.duck import Duck
 from das_service.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
 from das_service.folder import Folder
-from das_service.identity import Verdict, settle_identity
+from das_service.identity import Known, Verdict, settle_identity
 from das_service.logs import EXAMPLES, LogCounters, LogsFile, read_after
 from das_service.metrics import Metrics
 from das_service.offline_store import rows_at
@@ -85,6 +86,7 @@ class Feed:
         self.has_older_epochs = logs.epoch > 1
         self._base: dict[int, tuple[int, int]] = {}
         self._counted = dict.fromkeys(("rows", "duplicates", "conflicting"), 0)
+        self.failures: Feed | None = None
         self._vacuumed_at = time.monotonic()
 
     @property
@@ -112,6 +114,12 @@ class Feed:
             self.table.declare(content.schema)
             self.close()
         self._logs, self._content = logs, content
+
+    def known_rows(self, rows: pa.Table) -> Known:
+        """Give what the table holds of the event days of these rows, at the version that the next commit builds on."""
+        self._open()
+        days = rows[EVENT_DAY].unique().cast(pa.int32()).to_pylist()
+        return self.table.known_rows(dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
 
     def close(self) -> None:
         """Forget the loaded table: the next turn opens it again."""
@@ -272,15 +280,21 @@ class Feed:
                     {partition: entry.position for partition, entry in taken},
                     duplicates=len(verdict.duplicate),
                     conflicting=len(verdict.conflicting),
+                    mended=self._count_mended(kept),
                 )
         self._base |= {partition: (entry.rows_total, entry.bytes_total) for partition, entry in taken}
         self._count()
         self._report_freshness(rows)
 
     def _settle(self, rows: pa.Table) -> Verdict:
-        days = rows[EVENT_DAY].unique().cast(pa.int32()).to_pylist()
-        known = self.table.known_rows(dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
-        return settle_identity(rows, known, self._work.duck)
+        return settle_identity(rows, self.known_rows(rows), self._work.duck)
+
+    def _count_mended(self, rows: pa.Table) -> int:
+        """Give how many of these rows of supervision are of examples that the FM had failed on."""
+        known = self.failures.known_rows(rows) if self.failures is not None and rows.num_rows else []
+        if not isinstance(known, pads.Dataset) and not known:
+            return 0
+        return rows.num_rows - len(settle_identity(rows, known, self._work.duck).kept)
 
     def _commit_one_by_one(self, waiting: Waiting) -> bool:
         """Commit each entry by itself; one that can't be goes to `dead_chunks` and its position is passed."""
@@ -349,8 +363,6 @@ class Feed:
             metrics.conflicting.labels(dataset).inc(added["conflicting"])
         elif name == "supervision":
             metrics.scored_rows.labels(dataset, fm).inc(added["rows"])
-        else:
-            metrics.dead_letters.labels(dataset, fm).set(state.rows)
 
     def _report_freshness(self, rows: pa.Table) -> None:
         if "trained_through" in rows.column_names:

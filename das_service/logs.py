@@ -56,7 +56,8 @@ class LogsFile:
 class Mark:
     """`<dataset>/_das/<table>.durable`: what of a table is on disk. Written last in a commit, before the log is freed.
 
-    positions: per partition the last committed position of the table's log, None before the first.
+    positions: per partition the last committed position of the table's log, None before the first. mended: rows of
+    supervision whose example had been a dead letter.
     """
 
     version: int
@@ -64,6 +65,7 @@ class Mark:
     rows: int = 0
     duplicates: int = 0
     conflicting: int = 0
+    mended: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,7 @@ def read_mark(folder: Folder, dataset: str, table: str) -> Mark | None:
         rows=record["rows"],
         duplicates=record["duplicates"],
         conflicting=record["conflicting"],
+        mended=record.get("mended", 0),
     )
 
 
@@ -122,6 +125,7 @@ def write_mark(folder: Folder, dataset: str, table: str, mark: Mark) -> None:
         "rows": mark.rows,
         "duplicates": mark.duplicates,
         "conflicting": mark.conflicting,
+        "mended": mark.mended,
     }
     folder.write(mark_name(dataset, table), json.dumps(record).encode())
 

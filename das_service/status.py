@@ -1,7 +1,8 @@
 """Where every row is: `GET /v1/status`, and `das status`.
 
 accepted = distinct + duplicates + conflicting + in_log, where in_log is what the sink has not committed yet. Per FM,
-scored and failed are what its tables hold; pending is what lies in its logs, scored or not, before that.
+scored and failed (and not scored since) are what its tables hold; pending is what lies in its logs, scored or not,
+before that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -140,7 +141,8 @@ def _fm_status(
 ) -> dict[str, Any]:
     fm = record.fm
     active = catalog.snapshots.get(dataset, {}).get(fm, {}).get(record.active or "")
-    scored, failed = marks[scored_log(fm)].rows, marks[dead_log(fm)].rows
+    scored = marks[scored_log(fm)].rows
+    failed = max(0, marks[dead_log(fm)].rows - marks[scored_log(fm)].mended)
     published = _not_committed(counters, marks, scored_log(fm)) + _not_committed(counters, marks, dead_log(fm))
     pending = published + sum(work.rows for work in unfinished.values())
     total = scored + failed + pending

@@ -10,6 +10,7 @@ import redis
 
 from das_service import dead_chunks, durable_table, feed, logs, trimming
 from das_service.beats import beat
+from das_service.dead_letters import list_dead_letters
 from das_service.sink import Sink
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema, grow
@@ -77,6 +78,22 @@ def test_columns_stand_in_the_order_of_the_contract(feeding: Feeding) -> None:
         "example_id", "event_time", "received_at", "is_late", "content_hash", "log_position", "event_day",
         "price", "user_id", "tags", "image", "_example_hash",
     ]  # fmt: skip
+
+
+def test_a_dead_letter_that_is_scored_later_is_failed_no_more(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 4)
+    sink = feeding.sink()
+    feeding.fail("f", names(0, 3))
+    feeding.run(sink)
+    assert metric(sink, "das_dead_letters", fm="f") == 3
+    feeding.score("f", names(1, 4))
+    feeding.run(sink)
+    mark = logs.read_mark(feeding.folder, "ads", "supervision/f")
+    assert mark is not None
+    assert (mark.rows, mark.mended, metric(sink, "das_dead_letters", fm="f")) == (3, 2, 1)
+    listed = list_dead_letters(feeding.client, feeding.folder, "ads", "f", partitions=2, limit=10)
+    assert [letter["example_id"] for letter in listed] == names(0, 1)
 
 
 def test_supervision_and_dead_letters_reach_their_tables(feeding: Feeding) -> None:
