@@ -1,0 +1,87 @@
+"""`das demo` on three weeks: its own account, a recount of the folder it keeps, and a Ctrl-C in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("demo")
+
+
+def start(folder: Path) -> "subprocess.Popen[str]":
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DAS_")}
+    command = [sys.executable, "-m", "das_service.cli", "demo", "--weeks", "3", "--folder", str(folder)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "data"
+
+
+@pytest.fixture(scope="module")
+def demo(folder: Path) -> dict[str, Any]:
+    process = start(folder)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def column(table: Path, name: str) -> list[Any]:
+    files = pads.dataset(DeltaTable(table).file_uris(), format="parquet")
+    return list(files.to_table(columns=[name])[name].to_pylist())
+
+
+def test_every_posted_impression_was_scored_once_and_can_be_looked_up(demo: dict[str, Any]) -> None:
+    posted = demo["examples_posted"]
+    assert posted > 200_000
+    same = ("examples_scored", "fm_forwards", "supervision_rows_offline")
+    assert {name: demo[name] for name in same} == dict.fromkeys(same, posted)
+    assert (demo["duplicates"], demo["missing"], demo["leaky"], demo["coverage"]) == (0, 0, 0, 1.0)
+
+
+def test_the_teacher_knows_more_than_the_base_rate(demo: dict[str, Any]) -> None:
+    assert demo["fm"]["ne"] < 0.75
+    assert demo["fm"]["auc"] > 0.85
+
+
+def test_a_recount_of_the_kept_folder_gives_the_same_numbers(demo: dict[str, Any], folder: Path) -> None:
+    tables = folder / "service" / "tables" / "complete_journey"
+    posted = pq.read_table(folder / "posted.parquet")["example_id"].to_pylist()
+    scored = Counter(column(tables / "supervision" / "teacher", "example_id"))
+    assert len(posted) == len(set(posted)) == demo["examples_posted"]
+    assert scored == Counter(posted)
+    assert Counter(column(tables / "examples", "example_id")) == scored
+    assert {path.stem for path in (folder / "metrics").glob("*.txt")} >= {"api", "worker", "sink"}
+
+
+def test_ctrl_c_leaves_nothing_running(folder: Path) -> None:
+    roles = folder / "service" / "roles.json"
+    roles.unlink()
+    process = start(folder)
+    deadline = time.monotonic() + 300
+    while not (roles.exists() and all(r["pid"] for r in json.loads(roles.read_text())["roles"])):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert (process.returncode, alive) == (130, [])
+    assert len(gone) >= 2  # the supervisor and its server, at least
