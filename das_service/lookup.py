@@ -138,18 +138,11 @@ def _judge_fm(client: redis.Redis, catalog: Catalog, record: FmRecord, asked: _A
     outputs = record.outputs or OutputColumns(tasks=(), embeddings={})
     layout = online_layout(outputs)
     trained_through = _trained_through(catalog, asked.dataset, record)
-    everything = np.arange(len(asked.partitions))
-    records, found = _fetch(client, record.fm, layout, asked, everything)
-    if not found.all():
-        unfinished = unfinished_partitions(
-            client, asked.dataset, record.fm, sorted(set(asked.partitions[~found].tolist()))
-        )
-        again = np.flatnonzero(~found & ~np.isin(asked.partitions, list(unfinished)))
-        if len(again):
-            records[again], found[again] = _fetch(client, record.fm, layout, asked, again)
-        waits = np.isin(asked.partitions, list(unfinished))
-    else:
-        waits = np.zeros(len(found), np.bool_)
+    # Asked before the values: what is absent afterwards from a partition that was finished before is not being scored.
+    partitions = sorted(set(asked.partitions.tolist()))
+    unfinished = unfinished_partitions(client, asked.dataset, record.fm, partitions)
+    records, found = _fetch(client, record.fm, layout, asked)
+    waits = np.isin(asked.partitions, list(unfinished))
     if found.any() and int(records["_snapshot"][found].max()) >= len(record.snapshots):
         raise UnknownSnapshotNumberError
     status = judge(records, found, waits, trained_through, query.max_freshness_gap_seconds)
@@ -158,19 +151,16 @@ def _judge_fm(client: redis.Redis, catalog: Catalog, record: FmRecord, asked: _A
     return _Judged(status, records, layout, record.snapshots, trained_through)
 
 
-def _fetch(
-    client: redis.Redis, fm: str, layout: OnlineLayout, asked: _Asked, rows: NDArray[np.int64]
-) -> tuple[Records, Mask]:
+def _fetch(client: redis.Redis, fm: str, layout: OnlineLayout, asked: _Asked) -> tuple[Records, Mask]:
     """Give the rows' records and whether each has one of its own event day."""
     records, found = fetch_records(
-        client, asked.dataset, fm, layout, digests=asked.digests[rows], partitions=asked.partitions[rows]
+        client, asked.dataset, fm, layout, digests=asked.digests, partitions=asked.partitions
     )
     if asked.days is None:
         return records, found
     stored = pa.array(np.ascontiguousarray(records["_event_time"])).cast(TIMESTAMP)
-    days = asked.days[rows]
-    same_day = event_days(stored, asked.spec.table_granularity).to_numpy(zero_copy_only=False) == days
-    return records, found & (same_day | np.isnat(days))
+    same_day = event_days(stored, asked.spec.table_granularity).to_numpy(zero_copy_only=False) == asked.days
+    return records, found & (same_day | np.isnat(asked.days))
 
 
 def judge(
