@@ -134,9 +134,15 @@ def compact(
     Example: das compact ads --folder das-data
     """
     from das_service.compact_request import request_compaction
+    from das_service.redis_client import UNREACHABLE
 
     settings = _start_role(**folder_settings(folder))
-    if not request_compaction(settings, dataset, timeout_seconds=timeout_seconds):
+    try:
+        is_done = request_compaction(settings, dataset, timeout_seconds=timeout_seconds)
+    except UNREACHABLE as error:
+        warn(f"das: the server of the logs can't be reached ({error}): name it with --folder or DAS_REDIS_URL")
+        raise typer.Exit(REFUSED) from None
+    if not is_done:
         warn(f"das: the sink has not finished within {timeout_seconds:g} s; it goes on. `das status` says if one runs")
         raise typer.Exit(REFUSED)
     say(f"the tables of {dataset} are compact")

@@ -84,9 +84,11 @@ def _merge(seen: list[dict[str, Any]], stated: Mapping[str, Any]) -> None:
         if entry["role"] == stated.get("role") and entry["pid"] == stated.get("pid"):
             entry["restarts"] = stated.get("restarts", entry["restarts"])
             return
-    seen.append(
-        {"instance": f"{stated.get('role')} (no beat)", "alive": False, "probe_url": "", "restarts": 0, **stated}
-    )
+    # The server does not beat: that this answer could be made says that it lives.
+    is_server = stated.get("role") == "valkey"
+    instance = "valkey" if is_server else f"{stated.get('role')} (no beat)"
+    alive = is_server and stated.get("pid") is not None
+    seen.append({"instance": instance, "alive": alive, "probe_url": "", "restarts": 0, **stated})
 
 
 def dataset_status(

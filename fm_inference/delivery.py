@@ -70,6 +70,13 @@ class Intake:
         with self._lock:
             self._in_hand.difference_update(delivery.key for delivery in deliveries)
 
+    def pass_by(self, delivery: Delivery) -> None:
+        """Let go for good of an entry that nobody can read; the sink keeps its bytes in `dead_chunks`."""
+        for stream, key in self._streams.items():
+            if key == (delivery.partition, delivery.kind):
+                self._client.xack(stream, self._group, delivery.entry.position.entry_id)
+        self.finished([delivery])
+
     def read(self, *, block_ms: int) -> list[Delivery]:
         """Give what waits, at once; wait up to block_ms when nothing does.
 

@@ -25,9 +25,10 @@ from fm_inference.engine import Prepared, Scored, TorchEngine
 from fm_inference.outputs import ModelOutputError
 from fm_inference.poison import RowsFailedError, resume_attempt, try_rows
 from fm_inference.publishing import Outcome, Published, Publisher, publish
-from fm_inference.rows import Rows, read_rows
+from fm_inference.rows import NewerSpecError, Rows, read_rows
 from schemas import keys
 from schemas.dataset import DatasetSpec
+from schemas.entries import EntryError
 
 log = logging.getLogger("das.worker")
 _BLOCK_MS = 500
@@ -145,14 +146,29 @@ class Lane:
         except (*UNREACHABLE, redis.exceptions.ResponseError):
             self._intake.finished(deliveries)
             raise
+        except NewerSpecError:  # the worker is about to read the new declaration
+            self._intake.finished(deliveries)
+            self._intake.recheck()
+            self._context.stopping.wait(_RETRY_SECONDS)
+            return
+        except EntryError:
+            if suspect:
+                log.exception("%s: an entry can't be read and is passed by", self.name)
+                self._intake.pass_by(deliveries[0])
+                return
+            self._hand_over_singly(loaded, deliveries)
+            return
         except Exception:
             if suspect:
                 raise
             log.exception("%s: a batch can't be prepared; its entries are tried one by one", self.name)
-            for delivery in deliveries:
-                self._hand_over(loaded, [delivery], suspect=True)
+            self._hand_over_singly(loaded, deliveries)
             return
         self._put(_Work(loaded=loaded, rows=rows, prepared=prepared))
+
+    def _hand_over_singly(self, loaded: Loaded, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._hand_over(loaded, [delivery], suspect=True)
 
     def _put(self, work: _Work) -> None:
         while not self.is_stopping():

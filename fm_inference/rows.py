@@ -35,11 +35,16 @@ class Rows:
         return self.columns.take(pa.array(self.wanted))
 
 
+class NewerSpecError(Exception):
+    """An entry has features that this worker's declaration of the dataset does not know yet."""
+
+
 def read_rows(client: redis.Redis, dataset: str, fm: str, spec: DatasetSpec, deliveries: Sequence[Delivery]) -> Rows:
     """Give the rows of the entries, without those that this FM has scored (best effort; the publish decides).
 
     Raises:
-        EntryError: An entry does not fit the dataset's declaration.
+        NewerSpecError: An entry was made with a later declaration of the dataset.
+        EntryError: An entry is damaged.
     """
     batches = [_columns(spec, delivery) for delivery in deliveries]
     columns = pa.Table.from_batches(batches).combine_chunks()
@@ -52,6 +57,8 @@ def read_rows(client: redis.Redis, dataset: str, fm: str, spec: DatasetSpec, del
 
 def _columns(spec: DatasetSpec, delivery: Delivery) -> pa.RecordBatch:
     entry = delivery.entry
+    if entry.num_features > len(spec.features):
+        raise NewerSpecError(f"entry {entry.position.entry_id} has {entry.num_features} features")
     batch = entry.batch(example_schema(spec, num_features=entry.num_features))
     schema = example_schema(spec)
     added = [pa.nulls(batch.num_rows, field.type) for field in list(schema)[batch.num_columns :]]

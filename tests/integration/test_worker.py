@@ -1,6 +1,7 @@
 """The worker role on both servers: scores once, survives death, poison, withdrawal and lost connections."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from das_service.registry import SnapshotRecord
+from das_service import logs
+from das_service.registry import SnapshotRecord, dataset_field
 from das_service.settings import Settings
+from schemas.dataset import DatasetSpec, Feature
 from tests.conftest import ROOT, Server, make_settings
 from tests.declared import SPEC, Declared, examples
 from tests.fakes import expected_supervision
@@ -252,3 +255,34 @@ def test_a_rejected_snapshot_leaves_the_running_one_at_work(declared: Declared, 
     declared.append(0, examples(0, 10))
     wait_for(lambda: declared.pending("f") == 0)
     assert len(declared.scored("f")) == 10
+
+
+def test_a_feature_added_under_way_is_no_reason_to_die(declared: Declared, workers: Workers) -> None:
+    declared.declare_fm("f")
+    process = workers.start()
+    publish(declared)
+    declared.append(0, examples(0, 10))
+    wait_for(lambda: declared.pending("f") == 0)
+    added = Feature(name="extra", type="float", nullable=True)
+    declared.spec = declared.spec.model_copy(update={"features": (*declared.spec.features, added)})
+    declared.append(0, examples(10, 10))  # before the worker can know of it
+    time.sleep(0.5)
+    declared.registry.change(dataset_field("ads"), DatasetSpec, lambda _: declared.spec)
+    declared.append(0, examples(20, 10))
+    wait_for(lambda: declared.pending("f") == 0)
+    assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(30)]
+    assert process.poll() is None
+
+
+def test_an_entry_that_cannot_be_read_is_passed_by(declared: Declared, workers: Workers) -> None:
+    declared.declare_fm("f")
+    process = workers.start()
+    publish(declared)
+    limits = logs.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
+    logs.append_chunks(
+        declared.client, [dataclasses.replace(declared.chunk(0, examples(0, 5)), data=b"no batch")], limits
+    )
+    declared.append(0, examples(10, 10))
+    wait_for(lambda: declared.pending("f") == 0)
+    assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(10, 20)]
+    assert process.poll() is None
