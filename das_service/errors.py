@@ -1,4 +1,4 @@
-"""Reasons why a request can't be served; mapped to RFC 9457 problems in one place, app.py."""
+"""Reasons why a request can't be served; mapped to RFC 9457 problems in one place, problems.py."""
 
 from collections.abc import Mapping
 

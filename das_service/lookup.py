@@ -171,7 +171,7 @@ def judge(
     records has fields _state, _snapshot and _event_time, meant where found; waits: whether a row that is not found may
     yet be scored; trained_through_us by snapshot number. A tie of trained_through and event_time is present.
 
-    Source: docs/adr/0003-valid-supervision.md; contract 5
+    Source: docs/contract.md, section 5
     """
     status = np.where(waits, _PENDING, _MISSING).astype(np.int8)
     if not found.any():
