@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 
+from das_service.redis_client import run_script
 from das_service.settings import Settings
 from schemas import keys
 
@@ -29,7 +30,7 @@ def instance_name(settings: Settings, role: str) -> str:
 def beat(client: redis.Redis, instance: str, *, role: str, count: int, info: Mapping[str, Any]) -> None:
     """Say that this process is alive, and what peers and people should know of it."""
     record = {"role": role, "count": count, "pid": os.getpid(), **info}
-    client.hset(keys.BEATS, instance, json.dumps(record))
+    run_script(client, "put_field", [keys.BEATS], [instance, json.dumps(record)])
 
 
 def forget(client: redis.Redis, instance: str) -> None:

@@ -5,6 +5,7 @@ positions (the sink's durable marks). A server that knows another epoch, lacks a
 position has lost data, and nothing is appended until a human runs `das recover`.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import redis
 
 from das_service.errors import DasError, DiskReserveError, OverloadedError, UnavailableError
-from das_service.folder import Folder
+from das_service.folder import Folder, locked
 from das_service.redis_client import ScriptCall, run_script, run_scripts, script
 from schemas import keys
 from schemas.entries import Entry, Position, parse_entry, parse_position
@@ -144,6 +145,15 @@ def create_logs(
     Raises:
         DasError: A recorded log is gone (log_lost); this never papers over a loss.
     """
+    root = folder.path
+    lock = contextlib.nullcontext() if root is None else locked(root / dataset / "_das" / "logs.lock")
+    with lock:  # two FMs may be declared at once, and each adds its logs to what is recorded
+        return _create_logs(client, folder, dataset, partitions=partitions, kinds=kinds)
+
+
+def _create_logs(
+    client: redis.Redis, folder: Folder, dataset: str, *, partitions: int, kinds: Sequence[str]
+) -> LogsFile:
     recorded = read_logs_file(folder, dataset)
     known = recorded or LogsFile(epoch=1, partitions=partitions, logs=())
     new = [kind for kind in kinds if kind not in known.logs]

@@ -101,8 +101,8 @@ def _beat_until_stopped(context: RoleContext, info: Callable[[], dict[str, Any]]
         count += 1
         try:
             beat(context.client, context.instance, role=context.role, count=count, info={**context.info(), **info()})
-        except UNREACHABLE:
-            log.warning("the server can't be reached for a beat")
+        except (*UNREACHABLE, redis.exceptions.ResponseError) as error:
+            log.warning("no beat: %s", error)
         if context.stopping.wait(BEAT_SECONDS):
             return
 

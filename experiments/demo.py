@@ -89,8 +89,7 @@ class Bars:
 def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
     """Run the demo in folder, which is emptied first; give the record of contract 10."""
     clock, bars = Clock(), Bars(console)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _empty(folder)
     stream_weeks = list(journey.STREAM_WEEKS)[:num_weeks]
     with clock.stage("build"):
         files = _build(folder, stream_weeks, bars)
@@ -135,6 +134,20 @@ def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
         "peak_memory_mb": round(memory / 1e6),
         "seconds": clock.total(),
     }
+
+
+def _empty(folder: Path) -> None:
+    """Make an empty folder of it, if it is a demo's.
+
+    Raises:
+        SupervisorError: There is something in it that no demo has made.
+    """
+    mark = folder / ".das-demo"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise SupervisorError(f"{folder} is not empty and not of an earlier demo; name another with --folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
 
 
 def _build(folder: Path, stream_weeks: list[int], bars: Bars) -> tuple[journey.WeekFile, ...]:

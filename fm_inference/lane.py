@@ -18,7 +18,9 @@ import redis
 from numpy.typing import NDArray
 
 from das_service.beats import Peer
-from das_service.redis_client import UNREACHABLE, connect
+from das_service.folder import Folder
+from das_service.logs import check_logs
+from das_service.redis_client import UNREACHABLE, connect, run_script
 from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake
 from fm_inference.engine import Prepared, Scored, TorchEngine
@@ -76,8 +78,10 @@ class Lane:
         self.peers = Peers(by_instance={}, trust_absence=False)
         self.rows_scored = 0
         self.threads: list[threading.Thread] = []
-        self._reads = connect(context.settings)
-        self._client = connect(context.settings)
+        self._tables = Folder(context.settings.tables_uri, context.settings.storage_options)
+        self._guard = connect(context.settings)
+        self._reads = connect(context.settings, on_connect=self._check_logs)
+        self._client = connect(context.settings, on_connect=self._check_logs)
         self._intake = Intake(
             self._reads, dataset=dataset, fm=fm, partitions=partitions, consumer=context.instance,
             batch_rows=context.settings.batch_rows,
@@ -104,6 +108,17 @@ class Lane:
     def is_stopping(self) -> bool:
         """Give whether to take no more work."""
         return self._context.stopping.is_set() or self._retired.is_set()
+
+    def _check_logs(self) -> None:
+        """Compare the server with the tables before a new connection is used: it may have come back with less.
+
+        Raises:
+            redis.exceptions.ConnectionError: It has; nothing is read or published until `das recover` was run.
+        """
+        problems = check_logs(self._guard, self._tables, self.dataset)
+        if problems:
+            self.halted = f"log {problems[0].log}: {problems[0].detail}; run `das recover`"
+            raise redis.exceptions.ConnectionError(self.halted)
 
     # ---- reader thread
 
@@ -265,7 +280,9 @@ class Lane:
         failed = try_rows(
             attempt,
             work.rows.wanted,
-            note=lambda a: self._patiently(lambda: self._client.hset(key, entry_id, a.to_json())),
+            note=lambda a: self._patiently(
+                lambda: run_script(self._client, "put_field", [key], [entry_id, a.to_json()])
+            ),
             forward=forward,
         )
         tried = np.concatenate([rows for rows, _ in done] or [np.zeros(0, np.int64)])

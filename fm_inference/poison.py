@@ -26,10 +26,11 @@ class Attempt:
     todo: list[Range]
     trying: Range | None = None
     killers: list[int] = field(default_factory=list)
+    accused: list[int] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Give what the server keeps."""
-        return json.dumps({"todo": self.todo, "trying": self.trying, "killers": self.killers})
+        return json.dumps({"todo": self.todo, "trying": self.trying, "killers": self.killers, "accused": self.accused})
 
 
 def resume_attempt(text: bytes | None, num_rows: int) -> Attempt:
@@ -37,11 +38,16 @@ def resume_attempt(text: bytes | None, num_rows: int) -> Attempt:
     if text is None:
         return Attempt(todo=[(0, num_rows)])
     record = json.loads(text)
-    attempt = Attempt(todo=[(lo, hi) for lo, hi in record["todo"]], killers=list(record["killers"]))
+    attempt = Attempt(
+        todo=[(lo, hi) for lo, hi in record["todo"]], killers=list(record["killers"]), accused=list(record["accused"])
+    )
     if record["trying"] is not None:
         lo, hi = record["trying"]
-        if hi - lo == 1:
+        if hi - lo == 1 and lo in attempt.accused:
             attempt.killers.append(lo)
+        elif hi - lo == 1:  # it may have been another's SIGKILL: a row is held to blame for the second death
+            attempt.accused.append(lo)
+            attempt.todo.insert(0, (lo, hi))
         else:
             attempt.todo = split(lo, hi) + attempt.todo
     return attempt
@@ -95,4 +101,5 @@ def try_rows(
             else:
                 attempt.todo = split(int(rows[0]), int(rows[-1]) + 1) + attempt.todo
         attempt.trying = None
+    note(attempt)  # a death from here on is no row's fault
     return failed

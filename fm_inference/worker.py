@@ -54,8 +54,8 @@ class Worker:
     def problems(self) -> list[str]:
         """Give what keeps this worker from scoring, in plain words."""
         found = [self._away] if self._away else []
-        found += [f"{lane.name}: {lane.halted}" for lane in self._lanes.values() if lane.halted]
-        found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in self._failures.items()]
+        found += [f"{lane.name}: {lane.halted}" for lane in list(self._lanes.values()) if lane.halted]
+        found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in list(self._failures.items())]
         return found
 
     def info(self) -> dict[str, Any]:

@@ -57,4 +57,11 @@ def test_rows_that_kill_are_found_through_the_deaths_of_processes(num_rows: int,
     else:
         pytest.fail("forty processes died")
     assert failed == dict.fromkeys(sorted(killers), ENDED_THE_PROCESS)
-    assert deaths <= 4 * len(killers)
+    assert deaths <= 5 * len(killers)
+
+
+def test_one_death_over_a_single_row_is_not_yet_held_against_it() -> None:
+    died_once = resume_attempt(b'{"todo": [], "trying": [0, 1], "killers": [], "accused": []}', 1)
+    assert (died_once.todo, died_once.killers) == ([(0, 1)], [])
+    died_again = resume_attempt(b'{"todo": [], "trying": [0, 1], "killers": [], "accused": [0]}', 1)
+    assert (died_again.todo, died_again.killers) == ([], [0])
