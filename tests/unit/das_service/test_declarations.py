@@ -58,7 +58,7 @@ def test_places_on_an_object_store_lie_under_the_root(uri: str) -> None:
 @pytest.mark.parametrize(
     "uri",
     ["s3://bucket/snapshots", "s3://bucket/snapshotsx/s1", "s3://other/snapshots/s1", "s3://bucket/snapshots/../s1",
-     "s3://bucket/snapshots/%2e%2e/s1", "s3a://bucket/snapshots/s1", "/tmp/s1", "s3://bucket/snapshots/s1?x=1"],
+     "s3://bucket/snapshots/%2e%2e/s1", "s3a://bucket/snapshots/s1", "/elsewhere/s1", "s3://bucket/snapshots/s1?x=1"],
 )  # fmt: skip
 def test_other_places_on_an_object_store_are_refused(uri: str) -> None:
     with pytest.raises(InvalidRowsError) as caught:
