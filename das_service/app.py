@@ -10,16 +10,16 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from das_service.auth import load_tokens
-from das_service.lookup_body import LookupBody
+from das_service.door.auth import load_tokens
+from das_service.door.openapi import install_openapi
+from das_service.door.problems import RequestWatch, install_problems
 from das_service.metrics import package_version
-from das_service.openapi import install_openapi
-from das_service.problems import RequestWatch, install_problems
 from das_service.routes import datasets, examples, fms, health, status, supervision
 from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
 from das_service.routes.status import ReplayDeclaration
 from das_service.service import Service, build_service
 from das_service.settings import Settings, SettingsError
+from das_service.supervision.lookup_body import LookupBody
 from schemas.dataset import DatasetSpec
 
 log = logging.getLogger("das.api")

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import redis
 
-from das_service.duck import Duck
 from das_service.folder import Folder
-from das_service.logs import dead_log, read_after, read_mark
-from das_service.offline_store import TablePlace, TableReader, table_place
-from das_service.rescore import Rescorer
+from das_service.logs.records import dead_log, read_mark
+from das_service.logs.streams import read_after
+from das_service.sink.rescore import Rescorer
+from das_service.tables.duck import Duck
+from das_service.tables.offline_store import TablePlace, TableReader, table_place
 from schemas.dataset import DatasetSpec
 from schemas.tables import dead_letters_table, dead_schema, supervision_table
 

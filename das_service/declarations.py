@@ -12,7 +12,8 @@ import xxhash
 
 from das_service.errors import ConflictError, DasError, InvalidRowsError, UnknownNameError
 from das_service.folder import Folder, local_path
-from das_service.logs import EXAMPLES, create_groups, create_logs, fm_logs
+from das_service.logs.records import EXAMPLES, fm_logs
+from das_service.logs.streams import create_groups, create_logs
 from das_service.redis_client import ScriptCall, run_scripts, script
 from das_service.registry import (
     Catalog,

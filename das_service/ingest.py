@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import redis
 
+from das_service.door.validation import ValidRows
 from das_service.errors import InvalidRowsError, TooLargeError
-from das_service.log_guard import Floor
-from das_service.logs import EXAMPLES, Appended, AppendLimits, Chunk, append_chunks
+from das_service.logs.log_guard import Floor
+from das_service.logs.records import EXAMPLES
+from das_service.logs.streams import Appended, AppendLimits, Chunk, append_chunks
 from das_service.metrics import Metrics
-from das_service.validation import ValidRows
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import encode_batch, head_fields

@@ -17,26 +17,23 @@ import redis
 
 from das_service.errors import ConflictError, UnavailableError
 from das_service.folder import Folder
-from das_service.logs import (
+from das_service.logs.records import (
     EXAMPLES,
-    LogCounters,
-    LogProblem,
     LogsFile,
     Mark,
-    check_logs,
     fm_logs,
-    read_counters,
     read_logs_file,
     read_mark,
     rescore_log,
     table_of_log,
     write_logs_file,
 )
-from das_service.offline_store import TableReader, table_place
+from das_service.logs.streams import LogCounters, LogProblem, check_logs, read_counters
 from das_service.redis_client import connect, run_script
 from das_service.registry import Catalog, FmRecord, Registry, parse_catalog, read_revision
-from das_service.rescore import LostDay, Reach, first_needed, keep_starts, read_plan, write_plan
 from das_service.settings import Settings
+from das_service.sink.rescore import LostDay, Reach, first_needed, keep_starts, read_plan, write_plan
+from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.entries import Position, parse_position
 from schemas.tables import supervision_table

@@ -9,19 +9,19 @@ import anyio.to_thread
 import redis
 from fastapi import Request
 
-from das_service.auth import Tokens, load_tokens
 from das_service.beats import instance_name
-from das_service.coverage import Coverage
 from das_service.declarations import Declarations
-from das_service.door import Permits
+from das_service.door.auth import Tokens, load_tokens
+from das_service.door.door import Permits
+from das_service.door.validation import BodyLimits
 from das_service.folder import Folder
-from das_service.log_guard import CatalogCache, LogGuard
+from das_service.logs.log_guard import CatalogCache, LogGuard
 from das_service.metrics import Metrics
-from das_service.monitor import Monitor
 from das_service.redis_client import connect
 from das_service.registry import Catalog
 from das_service.settings import Settings
-from das_service.validation import BodyLimits
+from das_service.supervision.coverage import Coverage
+from das_service.watch.monitor import Monitor
 
 _SPARE_THREADS = 8
 _P = ParamSpec("_P")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from das_service.client import Client
-from das_service.client_errors import NotFoundError
+from das_service.client.errors import NotFoundError
 from das_service.folder import Folder, fsync_path, make_directory
 from das_service.settings import Settings
 from das_service.snapshot_folder import SnapshotError, check_files, manifest_sha256, read_manifest

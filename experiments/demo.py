@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from das_service.client import Client
 from das_service.settings import load_settings
 from das_service.snapshot_publish import publish_snapshot
-from das_service.supervisor import SupervisorError, running_service
+from das_service.up.supervisor import SupervisorError, running_service
 from experiments import complete_journey as journey
 from experiments.demo_report import metric_sum, peak_memory_bytes, per_week, print_table, recount, to_json
 from experiments.plots import plot_teacher

@@ -1,8 +1,8 @@
 """Entries on their way through one FM's worker: read, taken over from dead peers, and not yet finished.
 
 Every (re)connect reads what this consumer already holds; what is in hand here is not taken twice. A peer is dead when
-its beat stands still on our monotonic clock (das_service.beats); its entries are taken over by one script, and are
-suspect: one of them may have ended it.
+its beat stands still on our monotonic clock (das_service.beats); its entries are taken over by one script, and
+are suspect: one of them may have ended it.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from das_service.beats import Peer
-from das_service.logs import EXAMPLES, rescore_log
+from das_service.logs.records import EXAMPLES, rescore_log
 from das_service.redis_client import run_script
 from schemas import keys
 from schemas.entries import Entry, EntryError, parse_entry, parse_position

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from das_service.beats import Peer
 from das_service.folder import Folder
-from das_service.logs import check_logs
+from das_service.logs.streams import check_logs
 from das_service.redis_client import UNREACHABLE, connect, run_script
 from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake

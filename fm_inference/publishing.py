@@ -12,7 +12,7 @@ import pyarrow as pa
 import redis
 from numpy.typing import NDArray
 
-from das_service.logs import dead_log, scored_log
+from das_service.logs.records import dead_log, scored_log
 from das_service.redis_client import ScriptCall, run_scripts, script
 from fm_inference.delivery import Delivery
 from fm_inference.engine import Scored

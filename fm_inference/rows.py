@@ -8,7 +8,7 @@ import pyarrow as pa
 import redis
 from numpy.typing import NDArray
 
-from das_service.logs import EXAMPLES
+from das_service.logs.records import EXAMPLES
 from das_service.redis_client import ScriptCall, run_scripts, script
 from fm_inference.delivery import Delivery
 from schemas import keys

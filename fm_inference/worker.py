@@ -13,7 +13,8 @@ from typing import Any
 from das_service.beats import Observer, instance_name
 from das_service.errors import DasError
 from das_service.folder import Folder
-from das_service.logs import LogProblem, check_logs, read_logs_file
+from das_service.logs.records import read_logs_file
+from das_service.logs.streams import LogProblem, check_logs
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE, connect, has_msetex
 from das_service.registry import Catalog, FmRecord, Registry, read_catalog, read_revision

@@ -33,7 +33,7 @@ from torch import nn
 from das_service.client import Client
 from das_service.settings import load_settings
 from das_service.snapshot_publish import publish_snapshot
-from das_service.supervisor import running_service
+from das_service.up.supervisor import running_service
 from fm_inference import Signature, export_snapshot
 from loadtest.workload import CHUNK_ROWS, SPEC, chunk, example_ids
 from schemas import keys

@@ -12,8 +12,8 @@ from subprocess import Popen
 import pytest
 import redis
 
-from das_service.embedded import find_server, free_port, server_arguments, start_server, wait_until_ready
 from das_service.settings import Settings, load_settings
+from das_service.up.embedded import find_server, free_port, server_arguments, start_server, wait_until_ready
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIS = ROOT / ".venv" / "redis" / "redis-server"

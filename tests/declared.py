@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import redis
 
-from das_service import logs
 from das_service.folder import Folder
+from das_service.logs import records, streams
 from das_service.registry import (
     Catalog,
     FmRecord,
@@ -67,14 +67,14 @@ class Declared:
         return read_catalog(self.client)
 
     def create_logs(self, kinds: Sequence[str]) -> None:
-        logs.create_logs(self.client, self.folder, self.dataset, partitions=self.spec.partitions, kinds=kinds)
+        streams.create_logs(self.client, self.folder, self.dataset, partitions=self.spec.partitions, kinds=kinds)
 
     def declare_fm(self, fm: str, *, required: bool = True) -> None:
         self.registry.change(
             fm_field(self.dataset, fm), FmRecord, lambda old: old or FmRecord(fm=fm, required=required)
         )
-        self.create_logs(logs.fm_logs(fm))
-        logs.create_groups(self.client, self.dataset, partitions=self.spec.partitions, fm=fm)
+        self.create_logs(records.fm_logs(fm))
+        streams.create_groups(self.client, self.dataset, partitions=self.spec.partitions, fm=fm)
 
     def register(self, fm: str, snapshot_id: str, **options: Any) -> Path:
         """Export a closed-form snapshot and register it; a worker validates it."""
@@ -105,14 +105,14 @@ class Declared:
         for partition in range(self.spec.partitions):
             self.client.set(keys.generation(self.dataset, partition, fm), record.generation)
 
-    def chunk(self, partition: int, rows: Sequence[Mapping[str, Any]]) -> logs.Chunk:
+    def chunk(self, partition: int, rows: Sequence[Mapping[str, Any]]) -> streams.Chunk:
         """Give rows as a chunk, in that partition whatever their ids say."""
         schema = example_schema(self.spec)
         table = pa.Table.from_pylist([{"example_digest": b"\0" * 16, **row} for row in rows], schema=schema)
         digest = keys.digest_array(table["example_id"].combine_chunks())
         table = table.set_column(1, schema.field(1), digest)
         batch = table.combine_chunks().to_batches()[0]
-        return logs.Chunk(
+        return streams.Chunk(
             dataset=self.dataset,
             partition=partition,
             kind="examples",
@@ -121,10 +121,10 @@ class Declared:
             num_rows=batch.num_rows,
         )
 
-    def append(self, partition: int, rows: Sequence[Mapping[str, Any]]) -> logs.Appended:
+    def append(self, partition: int, rows: Sequence[Mapping[str, Any]]) -> streams.Appended:
         """Log rows as one chunk."""
-        limits = logs.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
-        return logs.append_chunks(self.client, [self.chunk(partition, rows)], limits)[0]
+        limits = streams.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
+        return streams.append_chunks(self.client, [self.chunk(partition, rows)], limits)[0]
 
     def online(self, partition: int, fm: str, example_id: str) -> np.void | None:
         """Give an example's online value."""
@@ -136,11 +136,11 @@ class Declared:
 
     def scored(self, fm: str) -> list[dict[str, Any]]:
         """Give every row of the FM's scored log with its entry's snapshot, in log order per partition."""
-        return self._rows(logs.scored_log(fm), fm)
+        return self._rows(records.scored_log(fm), fm)
 
     def dead(self, fm: str) -> list[dict[str, Any]]:
         """Give every row of the FM's dead letters."""
-        return self._rows(logs.dead_log(fm), fm)
+        return self._rows(records.dead_log(fm), fm)
 
     def _rows(self, kind: str, fm: str) -> list[dict[str, Any]]:
         from schemas.snapshot import scored_schema
@@ -149,7 +149,7 @@ class Declared:
         is_dead = kind.startswith("dead")
         schema = dead_schema() if is_dead else scored_schema(self.catalog.fm(self.dataset, fm).outputs)
         after = dict.fromkeys(range(self.spec.partitions))
-        entries = logs.read_after(self.client, self.dataset, kind, after, count=10_000)
+        entries = streams.read_after(self.client, self.dataset, kind, after, count=10_000)
         return [
             {**row, "snapshot_id": entry.meta["snapshot_id"]}
             for partition in sorted(entries)
@@ -159,8 +159,8 @@ class Declared:
 
     def pending(self, fm: str) -> int:
         """Give how many entries the FM has not finished."""
-        groups = logs.read_groups(self.client, self.dataset, range(self.spec.partitions), "examples")
-        counters = logs.read_counters(self.client, self.dataset, range(self.spec.partitions), ["examples"])
+        groups = streams.read_groups(self.client, self.dataset, range(self.spec.partitions), "examples")
+        counters = streams.read_counters(self.client, self.dataset, range(self.spec.partitions), ["examples"])
         total = 0
         for partition, group in groups.items():
             state = group[keys.group(fm)]

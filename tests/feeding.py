@@ -10,16 +10,16 @@ import pyarrow as pa
 import redis
 from deltalake import DeltaTable
 
-from das_service import logs
 from das_service.folder import Folder
+from das_service.logs import records, streams
 from das_service.metrics import Metrics
 from das_service.registry import FmRecord, Registry, dataset_field, fm_field
 from das_service.role import RoleContext
 from das_service.settings import Settings
-from das_service.sink import Sink
+from das_service.sink.sink import Sink
 from schemas import keys
 from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
-from schemas.entries import encode_batch, head_fields
+from schemas.entries import encode_batch, head_fields, parse_entry
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.tables import dead_schema
 
@@ -61,7 +61,7 @@ class Feeding:
 
     @property
     def epoch(self) -> int:
-        recorded = logs.read_logs_file(self.folder, self.dataset)
+        recorded = records.read_logs_file(self.folder, self.dataset)
         assert recorded is not None
         return recorded.epoch
 
@@ -70,15 +70,15 @@ class Feeding:
         self.registry.change(dataset_field(self.dataset), DatasetSpec, lambda _: spec)
 
     def create_logs(self, kinds: Sequence[str]) -> None:
-        logs.create_logs(self.client, self.folder, self.dataset, partitions=self.spec.partitions, kinds=kinds)
+        streams.create_logs(self.client, self.folder, self.dataset, partitions=self.spec.partitions, kinds=kinds)
 
     def declare_fm(self, fm: str, *, required: bool = True, outputs: OutputColumns | None = OUTPUTS) -> None:
         record = FmRecord(fm=fm, required=required, outputs=outputs)
         self.registry.change(fm_field(self.dataset, fm), FmRecord, lambda _: record)
-        self.create_logs(logs.fm_logs(fm))
-        logs.create_groups(self.client, self.dataset, partitions=self.spec.partitions, fm=fm)
+        self.create_logs(records.fm_logs(fm))
+        streams.create_groups(self.client, self.dataset, partitions=self.spec.partitions, fm=fm)
 
-    def post(self, rows: Iterable[Mapping[str, Any]], *, chunk_rows: int = 5000) -> list[logs.Appended]:
+    def post(self, rows: Iterable[Mapping[str, Any]], *, chunk_rows: int = 5000) -> list[streams.Appended]:
         """Log examples as the door does: split by partition, cut into chunks."""
         schema = example_schema(self.spec)
         given = [{"price": 1.0, "user_id": "u", **row} for row in rows]
@@ -105,7 +105,7 @@ class Feeding:
             ]
         return self.append(chunks)
 
-    def post_ids(self, first: int, last: int, **values: Any) -> list[logs.Appended]:
+    def post_ids(self, first: int, last: int, **values: Any) -> list[streams.Appended]:
         """Log examples named by numbers in [first, last)."""
         chunk_rows = values.pop("chunk_rows", 5000)
         return self.post(({"example_id": f"e{i}", **values} for i in range(first, last)), chunk_rows=chunk_rows)
@@ -122,7 +122,7 @@ class Feeding:
             pa.array([logit] * len(ids), pa.float32()),
             pa.array([b"abcd"] * len(ids), pa.binary(4)),
         ]
-        self._append_outcome(logs.scored_log(fm), pa.RecordBatch.from_arrays(columns, schema=schema), meta)
+        self._append_outcome(records.scored_log(fm), pa.RecordBatch.from_arrays(columns, schema=schema), meta)
 
     def fail(self, fm: str, example_ids: Sequence[str], *, event_time: int = NOON_US) -> None:
         """Log dead letters as a worker does."""
@@ -134,11 +134,11 @@ class Feeding:
             pa.array(["boom"] * len(ids), pa.string()),
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=dead_schema())
-        self._append_outcome(logs.dead_log(fm), batch, {"fm": fm, "snapshot_id": "s1", "failed_at": NOON_US})
+        self._append_outcome(records.dead_log(fm), batch, {"fm": fm, "snapshot_id": "s1", "failed_at": NOON_US})
 
-    def append(self, chunks: Sequence[logs.Chunk]) -> list[logs.Appended]:
-        limits = logs.AppendLimits(epoch=self.epoch, floors={}, max_bytes=1 << 30, dedup_seconds=1)
-        return logs.append_chunks(self.client, chunks, limits)
+    def append(self, chunks: Sequence[streams.Chunk]) -> list[streams.Appended]:
+        limits = streams.AppendLimits(epoch=self.epoch, floors={}, max_bytes=1 << 30, dedup_seconds=1)
+        return streams.append_chunks(self.client, chunks, limits)
 
     def read_group(self, fm: str, kind: str = "examples", *, acknowledge: bool = True) -> list[dict[str, Any]]:
         """Read what an FM's group has not been given yet, as a worker does; give its rows."""
@@ -147,7 +147,7 @@ class Feeding:
             name = keys.log(self.dataset, partition, kind)
             for _, entries in self.client.xreadgroup(keys.group(fm), "w", {name: ">"}, count=1000) or []:
                 for entry_id, fields in entries:
-                    entry = logs.parse_entry(entry_id, fields)
+                    entry = parse_entry(entry_id, fields)
                     batch = entry.batch(example_schema(self.spec, num_features=entry.num_features))
                     rows += batch.to_pylist()
                     if acknowledge:
@@ -181,13 +181,13 @@ class Feeding:
 
     def kept_rows(self, kind: str = "examples") -> int:
         """Give how many rows lie in a log."""
-        counters = logs.read_counters(self.client, self.dataset, range(self.spec.partitions), [kind])
+        counters = streams.read_counters(self.client, self.dataset, range(self.spec.partitions), [kind])
         return sum(found.kept_rows for found in counters.values())
 
     def _chunk(
         self, partition: int, kind: str, batch: pa.RecordBatch, num_features: int, meta: Mapping[str, Any]
-    ) -> logs.Chunk:
-        return logs.Chunk(
+    ) -> streams.Chunk:
+        return streams.Chunk(
             dataset=self.dataset,
             partition=partition,
             kind=kind,

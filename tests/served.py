@@ -16,12 +16,12 @@ from starlette.testclient import TestClient
 
 from das_service.app import create_app
 from das_service.beats import beat
-from das_service.embedded import free_port
 from das_service.folder import Folder
-from das_service.logs import EXAMPLES, dead_log, scored_log
+from das_service.logs.records import EXAMPLES, dead_log, scored_log
 from das_service.redis_client import has_msetex, run_script
 from das_service.registry import FmRecord, Registry, SnapshotRecord, fm_field, read_catalog, snapshot_field
 from das_service.settings import Settings
+from das_service.up.embedded import free_port
 from schemas import keys
 from schemas.dataset import example_schema
 from schemas.entries import encode_batch, head_fields, parse_entry

@@ -4,9 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from das_service.auth import Needs
-from das_service.door import answer_type, read_declaration
-from das_service.openapi import declaration_body, problems
+from das_service.door.auth import Needs
+from das_service.door.door import answer_type, read_declaration
+from das_service.door.openapi import declaration_body, problems
 from das_service.routes.names import DatasetName, ServiceOf
 from schemas.dataset import DatasetSpec
 from schemas.wire import JSON

@@ -6,8 +6,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 
-from das_service.auth import Needs
-from das_service.door import answer_type, data_type, read_body
+from das_service.door.auth import Needs
+from das_service.door.door import answer_type, data_type, read_body
+from das_service.door.openapi import data_body, problems
+from das_service.door.stages import Stages
+from das_service.door.validation import ValidRows, validate_arrow, validate_json
 from das_service.errors import InvalidRowsError, OverloadedError
 from das_service.ingest import (
     Receipt,
@@ -18,13 +21,10 @@ from das_service.ingest import (
     encode_chunks,
     refuse_bad_rows,
 )
-from das_service.monitor import refuse_ingest
-from das_service.openapi import data_body, problems
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.scored_wait import Awaited, awaited_rows, still_awaited, wait_until_scored
 from das_service.service import Service
-from das_service.stages import Stages
-from das_service.validation import ValidRows, validate_arrow, validate_json
+from das_service.watch.monitor import refuse_ingest
 from schemas.wire import ARROW_STREAM, JSON
 
 router = APIRouter(tags=["examples"])

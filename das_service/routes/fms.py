@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from das_service.auth import Needs
 from das_service.declarations import active_etag, declared_fm
-from das_service.door import read_declaration
-from das_service.openapi import declaration_body, problems
+from das_service.door.auth import Needs
+from das_service.door.door import read_declaration
+from das_service.door.openapi import declaration_body, problems
 from das_service.registry import Catalog, FmRecord, SnapshotRecord, SnapshotState
 from das_service.routes.names import DatasetName, FmName, ServiceOf, SnapshotName
 from das_service.service import Service

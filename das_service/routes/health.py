@@ -5,8 +5,8 @@ import time
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from das_service.readiness import readiness_problems, write_probe
 from das_service.routes.names import ServiceOf
+from das_service.watch.readiness import readiness_problems, write_probe
 
 router = APIRouter(tags=["health"])
 

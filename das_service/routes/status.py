@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from das_service.auth import Needs
 from das_service.dead_letters import list_dead_letters, replay_dead_letters
-from das_service.door import read_declaration
-from das_service.duck import Duck
-from das_service.openapi import declaration_body, problems
+from das_service.door.auth import Needs
+from das_service.door.door import read_declaration
+from das_service.door.openapi import declaration_body, problems
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.service import Service
-from das_service.status import dataset_status, service_status
+from das_service.tables.duck import Duck
+from das_service.watch.status import dataset_status, service_status
 from schemas.dataset import Name
 from schemas.names import NAME_PATTERN
 

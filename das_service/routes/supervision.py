@@ -8,15 +8,22 @@ import pyarrow as pa
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from das_service.auth import Needs
-from das_service.door import answer_type, data_type, read_body
+from das_service.door.auth import Needs
+from das_service.door.door import answer_type, data_type, read_body
+from das_service.door.openapi import data_body, problems
+from das_service.door.stages import Stages
 from das_service.errors import InvalidRowsError
-from das_service.lookup import EmbeddingFormat, Found, LookupQuery, Rows, UnknownSnapshotNumberError, lookup_rows
-from das_service.lookup_body import LookupBody, parse_lookup_arrow, parse_lookup_json
-from das_service.openapi import data_body, problems
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.service import Service
-from das_service.stages import Stages
+from das_service.supervision.lookup import (
+    EmbeddingFormat,
+    Found,
+    LookupQuery,
+    Rows,
+    UnknownSnapshotNumberError,
+    lookup_rows,
+)
+from das_service.supervision.lookup_body import LookupBody, parse_lookup_arrow, parse_lookup_json
 from schemas.wire import ARROW_STREAM, JSON, write_stream
 
 router = APIRouter(tags=["supervision"])

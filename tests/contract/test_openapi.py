@@ -42,7 +42,7 @@ def test_errors_are_problem_documents() -> None:
                     assert set(content) <= {"application/problem+json", "application/json"}
 
 
-@pytest.mark.parametrize("module", ["das_service.app", "das_service.monitor", "das_service.dead_letters"])
+@pytest.mark.parametrize("module", ["das_service.app", "das_service.watch.monitor", "das_service.dead_letters"])
 def test_the_api_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

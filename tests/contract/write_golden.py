@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from das_service.app import create_app
+from das_service.door.json_body import columns_of_rows
+from das_service.door.row_errors import RowErrors
+from das_service.door.validation import BodyLimits, check_rows
 from das_service.ingest import encode_chunks
-from das_service.json_body import columns_of_rows
-from das_service.lookup import LookupQuery, _columns_of, _Judged
 from das_service.registry import FmRecord
-from das_service.row_errors import RowErrors
 from das_service.settings import load_settings
-from das_service.validation import BodyLimits, check_rows
+from das_service.supervision.lookup import LookupQuery, _columns_of, _Judged
 from schemas.dataset import DatasetSpec, example_schema
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.supervision import online_layout

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from das_service.client import Client
-from das_service.supervisor import RunningService, running_service
+from das_service.up.supervisor import RunningService, running_service
 from schemas.dataset import DatasetSpec
 from tests.fakes import expected_supervision, export_closed_form
 

@@ -25,7 +25,7 @@ import httpx
 import redis
 
 from das_service.client import Client
-from das_service.embedded import free_port
+from das_service.up.embedded import free_port
 from schemas.dataset import DatasetSpec
 from tests.fakes import export_closed_form
 from tests.faults.judge import judge

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from das_service.client import Client
-from das_service.embedded import find_server
 from das_service.redis_client import script
-from das_service.supervisor import running_service
+from das_service.up.embedded import find_server
+from das_service.up.supervisor import running_service
 from schemas import keys
 from tests.conftest import ROOT, STRACE, Server, make_settings
 from tests.declared import Declared, examples
@@ -57,7 +57,7 @@ def test_the_server_of_das_up_syncs_for_each_acknowledged_batch(tmp_path: Path, 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    from das_service.embedded import free_port
+    from das_service.up.embedded import free_port
 
     server = Server(program=find_server(), folder=tmp_path / "server", port=free_port())
     server.start()

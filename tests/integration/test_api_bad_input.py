@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from das_service.embedded import find_server, free_port
 from das_service.settings import Settings
+from das_service.up.embedded import find_server, free_port
 from schemas.wire import ARROW_STREAM
 from tests.conftest import Server
 from tests.served import NOON, SPEC, Api, arrow_body, examples, examples_table, serve

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import redis
 
-from das_service import logs
 from das_service.folder import Folder
+from das_service.logs import streams
 from das_service.registry import Registry, SnapshotRecord, read_catalog
 from das_service.settings import Settings
 from schemas import keys
@@ -119,7 +119,7 @@ def test_an_fm_is_declared_with_logs_and_groups_at_the_present_end(api: Api, sto
         "fm": "f", "required": True, "outputs": None, "active": None, "was_active": [], "trained_through": None,
         "snapshots": [],
     }  # fmt: skip
-    groups = logs.read_groups(store, "ads", range(2), "examples")
+    groups = streams.read_groups(store, "ads", range(2), "examples")
     assert [groups[p][keys.group("f")].last_delivered.seq for p in range(2)] == [0, 0]
     assert store.get(keys.generation("ads", 0, "f")) == b"0"
     assert api.http.put(FM, json={"required": False}).status_code == 200

@@ -10,7 +10,7 @@ import redis
 
 from das_service.beats import forget
 from das_service.folder import Folder
-from das_service.logs import Mark, write_mark
+from das_service.logs.records import Mark, write_mark
 from das_service.redis_client import run_script
 from das_service.registry import Registry
 from das_service.settings import Settings

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 import redis
 
-from das_service import lookup
 from das_service.settings import Settings
+from das_service.supervision import lookup
 from schemas import keys
 from schemas.codecs import decode, encode
 from schemas.snapshot import OutputColumns

@@ -12,12 +12,12 @@ import pytest
 from deltalake import DeltaTable
 from pyarrow import fs
 
-from das_service import durable_table
-from das_service.compaction import compact_step
-from das_service.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
 from das_service.folder import Folder
-from das_service.logs import read_mark, write_mark
-from das_service.offline_store import CHECKPOINT_COMMITS, TablePlace, TableReader, table_place
+from das_service.logs.records import read_mark, write_mark
+from das_service.sink.compaction import compact_step
+from das_service.tables import durable_table
+from das_service.tables.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
+from das_service.tables.offline_store import CHECKPOINT_COMMITS, TablePlace, TableReader, table_place
 from schemas.dataset import TIMESTAMP
 from schemas.entries import Position
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import redis
 
-from das_service import logs
 from das_service import recover as recovery
 from das_service.errors import ConflictError, UnavailableError
+from das_service.logs import streams
 from das_service.recover import Report, recover
 from das_service.registry import Registry
-from das_service.rescore import read_plan
-from das_service.sink import Sink
+from das_service.sink.rescore import read_plan
+from das_service.sink.sink import Sink
 from schemas import keys
 from schemas.entries import Position
 from tests.conftest import Server, make_settings
@@ -55,7 +55,7 @@ class Rewind:
 
 
 def problems(feeding: Feeding) -> set[str]:
-    found = logs.check_logs(feeding.client, feeding.folder, "ads")
+    found = streams.check_logs(feeding.client, feeding.folder, "ads")
     return {problem.code for problem in found}
 
 
@@ -253,7 +253,7 @@ def test_groups_and_generations_are_made_again(feeding: Feeding) -> None:
     run(feeding)
     lose_everything(feeding)
     recover(feeding.settings)
-    groups = logs.read_groups(feeding.client, "ads", range(2), "examples")
+    groups = streams.read_groups(feeding.client, "ads", range(2), "examples")
     assert {partition: list(found) for partition, found in groups.items()} == {0: ["fm:f"], 1: ["fm:f"]}
     assert feeding.client.get(keys.generation("ads", 0, "f")) == b"0"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from das_service.duck import Duck
-from das_service.rescore import Rescorer
+from das_service.sink.rescore import Rescorer
+from das_service.tables.duck import Duck
 from tests.conftest import Server, make_settings
 from tests.feeding import DAY_US, NOON_US, Feeding, names
 

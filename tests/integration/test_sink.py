@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import redis
 
-from das_service import dead_chunks, durable_table, feed, logs, trimming
 from das_service.beats import beat
 from das_service.dead_letters import list_dead_letters
-from das_service.sink import Sink
+from das_service.logs import records, streams
+from das_service.sink import dead_chunks, feed, trimming
+from das_service.sink.sink import Sink
+from das_service.tables import durable_table
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema, grow
 from schemas.entries import Position, head_fields
@@ -89,7 +91,7 @@ def test_a_dead_letter_that_is_scored_later_is_failed_no_more(feeding: Feeding) 
     assert metric(sink, "das_dead_letters", fm="f") == 3
     feeding.score("f", names(1, 4))
     feeding.run(sink)
-    mark = logs.read_mark(feeding.folder, "ads", "supervision/f")
+    mark = records.read_mark(feeding.folder, "ads", "supervision/f")
     assert mark is not None
     assert (mark.rows, mark.mended, metric(sink, "das_dead_letters", fm="f")) == (3, 2, 1)
     listed = list_dead_letters(feeding.client, feeding.folder, "ads", "f", partitions=2, limit=10)
@@ -150,7 +152,7 @@ def test_repeats_in_other_chunks_are_counted_and_change_nothing(feeding: Feeding
     feeding.post_ids(0, 30, chunk_rows=13)
     feeding.run(sink)
     at_the_door = sum(
-        found.repeated_rows for found in logs.read_counters(feeding.client, "ads", range(2), ["examples"]).values()
+        found.repeated_rows for found in streams.read_counters(feeding.client, "ads", range(2), ["examples"]).values()
     )
     assert feeding.ids("examples") == names(0, 30)
     assert totals(sink) == {"rows": 30, "duplicates": 15 + 30 - at_the_door, "conflicting": 0}
@@ -348,7 +350,7 @@ def test_an_entry_that_no_table_takes_is_set_aside_and_the_rest_goes_on(feeding:
     sink = feeding.sink()
     feeding.post_ids(0, 4)
     head = head_fields(SPEC_SCHEMA, num_rows=3, num_features=len(SPEC.features), meta={})
-    bad = logs.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
+    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
     (appended,) = feeding.append([bad])
     feeding.post_ids(4, 8)
     feeding.run(sink, steps=60)
@@ -363,9 +365,9 @@ def test_an_entry_that_no_table_takes_is_set_aside_and_the_rest_goes_on(feeding:
 
 def test_an_entry_is_set_aside_once(feeding: Feeding) -> None:
     head = head_fields(SPEC_SCHEMA, num_rows=3, num_features=len(SPEC.features), meta={})
-    bad = logs.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
+    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
     feeding.append([bad])
-    (entry,) = logs.read_after(feeding.client, "ads", "examples", {1: None}, count=1)[1]
+    (entry,) = streams.read_after(feeding.client, "ads", "examples", {1: None}, count=1)[1]
     where = {"kind": "examples", "partition": 1, "entry": entry, "retention_hours": 168}
     assert dead_chunks.divert(feeding.folder, "ads", reason="no", **where)
     assert not dead_chunks.divert(feeding.folder, "ads", reason="no", **where)
@@ -477,7 +479,7 @@ def test_positions_are_shown_in_the_beat(feeding: Feeding) -> None:
     sink = feeding.sink()
     feeding.post_ids(0, 40, chunk_rows=10)
     feeding.run(sink)
-    (counters,) = [logs.read_counters(feeding.client, "ads", range(2), ["examples"])]
+    (counters,) = [streams.read_counters(feeding.client, "ads", range(2), ["examples"])]
     expected = {str(p): Position(epoch=1, seq=counters[p, "examples"].last).entry_id for p in range(2)}
     assert sink.info()["datasets"]["ads"]["positions"] == expected
 

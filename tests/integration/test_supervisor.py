@@ -15,8 +15,8 @@ import pytest
 import redis
 
 from das_service.client import Client
-from das_service.service_folder import FolderInUseError, ServiceFolder, owned
-from das_service.supervisor import RunningService, SupervisorError, running_service
+from das_service.up.service_folder import FolderInUseError, ServiceFolder, owned
+from das_service.up.supervisor import RunningService, SupervisorError, running_service
 
 ROLES = ("api", "sink")
 WAIT_SECONDS = 60.0

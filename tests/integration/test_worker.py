@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from das_service import logs
+from das_service.logs import streams
 from das_service.registry import SnapshotRecord, dataset_field
 from das_service.settings import Settings
 from schemas.dataset import DatasetSpec, Feature
@@ -278,8 +278,8 @@ def test_an_entry_that_cannot_be_read_is_passed_by(declared: Declared, workers: 
     declared.declare_fm("f")
     process = workers.start()
     publish(declared)
-    limits = logs.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
-    logs.append_chunks(
+    limits = streams.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
+    streams.append_chunks(
         declared.client, [dataclasses.replace(declared.chunk(0, examples(0, 5)), data=b"no batch")], limits
     )
     declared.append(0, examples(10, 10))

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.arrow_body import MAX_BATCHES, Budget, measure_stream, read_batches
+from das_service.door.arrow_body import MAX_BATCHES, Budget, measure_stream, read_batches
+from das_service.door.validation import BodyLimits, validate_arrow
 from das_service.errors import BadRequestError, DasError, InvalidRowsError, TooLargeError
 from das_service.ingest import encode_chunks
-from das_service.validation import BodyLimits, validate_arrow
 from schemas.dataset import DatasetSpec
 from tests.served import NOON_US, SPEC, arrow_body, examples_table
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from das_service.children import Ended, Restarts, cap_log, read_tail, rotate_log
+from das_service.up.children import Ended, Restarts, cap_log, read_tail, rotate_log
 
 
 def pauses(*ends: tuple[int, float]) -> list[float]:

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-from das_service import client as client_module
-from das_service.cli_app import build_app
-from das_service.service_folder import ServiceFolder, owned
-from das_service.service_status import look
-from das_service.status_view import build_view
+from das_service.cli.app import build_app
+from das_service.cli.status_view import build_view
+from das_service.client import client as client_module
+from das_service.up.service_folder import ServiceFolder, owned
+from das_service.up.service_status import look
 from schemas.wire import read_table, write_table
 
 SPEC = {
@@ -66,7 +66,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
         return real(url or "http://das", transport=httpx.MockTransport(service), **{"timeout_seconds": 0.5, **options})
 
     monkeypatch.setattr(client_module, "Client", connect)
-    monkeypatch.setattr("das_service.service_status.Client", connect)
+    monkeypatch.setattr("das_service.up.service_status.Client", connect)
     return service
 
 
@@ -94,7 +94,7 @@ def test_every_command_teaches_with_an_example(command: tuple[str, ...]) -> None
 
 def test_the_command_line_starts_without_the_service() -> None:
     program = (
-        "import sys\nfrom das_service.cli_app import build_app\nbuild_app()\n"
+        "import sys\nfrom das_service.cli.app import build_app\nbuild_app()\n"
         "heavy = {'pydantic', 'pyarrow', 'httpx', 'redis', 'duckdb', 'deltalake', 'numpy', 'torch', 'fastapi'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -350,7 +350,7 @@ def test_status_of_a_service_that_is_not_ready_says_why(api: Api) -> None:
 
 
 def test_status_falls_back_to_what_the_supervisor_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("das_service.service_status.TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("das_service.up.service_status.TIMEOUT_SECONDS", 0.1)
     monkeypatch.delenv("DAS_API_URL", raising=False)
     folder = ServiceFolder(tmp_path)
     roles = [{"role": "api", "pid": os.getpid(), "restarts": 2}]
@@ -362,14 +362,14 @@ def test_status_falls_back_to_what_the_supervisor_left(tmp_path: Path, monkeypat
 
 
 def test_status_where_nothing_runs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("das_service.service_status.TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("das_service.up.service_status.TIMEOUT_SECONDS", 0.1)
     stated = look("http://127.0.0.1:9", tmp_path)
     assert (stated["source"], stated["ready"], stated["roles"]) == ("nobody", False, [])
     assert stated["problems"][1] == f"no `das up` runs on {tmp_path} either"
 
 
 def test_status_of_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("das_service.service_status.TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("das_service.up.service_status.TIMEOUT_SECONDS", 0.1)
     result = das("status", "--url", "http://127.0.0.1:9", "--folder", str(tmp_path), "--json")
     assert (result.exit_code, json.loads(result.stdout)["ready"]) == (1, False)
 

@@ -26,8 +26,8 @@ from das_service.client import (
     UnavailableError,
     UnreachableError,
 )
-from das_service.client_arrow import iter_chunks, to_table
-from das_service.client_http import Clock, retry_after_seconds
+from das_service.client.arrow import iter_chunks, to_table
+from das_service.client.http import Clock, retry_after_seconds
 from schemas.wire import read_table, write_table
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -259,7 +259,7 @@ def lookup_answer(request: httpx.Request) -> httpx.Response:
 def test_lookup_keeps_order_and_repeats_over_several_requests(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("das_service.client.IDS_PER_REQUEST", 2)
+    monkeypatch.setattr("das_service.client.client.IDS_PER_REQUEST", 2)
     client, service = connect(lookup_answer)
     ids = ["b", "a", "b", "c", "a"]
     table = client.lookup("ads", ids, fms=["f", "g"], outputs=["click"], max_freshness_gap_seconds=60)

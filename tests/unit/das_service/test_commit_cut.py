@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.commit_cut import Bounds, Cut, LogGapError, Waiting, refuse_gap
-from das_service.logs import LogCounters
+from das_service.logs.streams import LogCounters
+from das_service.sink.commit_cut import Bounds, Cut, LogGapError, Waiting, refuse_gap
 from schemas.entries import Entry, Position
 
 BOUNDS = Bounds(num_rows=20, num_bytes=100, num_event_days=3)

@@ -5,8 +5,8 @@ import datetime as dt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.compaction import choose_files
-from das_service.offline_store import DataFile
+from das_service.sink.compaction import choose_files
+from das_service.tables.offline_store import DataFile
 
 DAY = dt.date(2026, 3, 1)
 TARGET = 100

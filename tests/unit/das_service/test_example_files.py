@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from das_service.example_files import ExampleFileError, open_examples
+from das_service.cli.example_files import ExampleFileError, open_examples
 
 SPEC: dict[str, Any] = {
     "features": [

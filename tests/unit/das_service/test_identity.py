@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.duck import Duck
-from das_service.identity import Verdict, first_of_example, settle_identity
+from das_service.sink.identity import Verdict, first_of_example, settle_identity
+from das_service.tables.duck import Duck
 from schemas.dataset import TIMESTAMP
 
 EPOCH_DAY = dt.date(2026, 3, 1)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.rescore import Gap, Reach, in_gaps, is_lost, merge_gaps
+from das_service.sink.rescore import Gap, Reach, in_gaps, is_lost, merge_gaps
 
 GAPS = st.lists(
     st.builds(

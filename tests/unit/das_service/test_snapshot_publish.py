@@ -11,7 +11,7 @@ import pytest
 from pyarrow import fs
 
 from das_service.client import Client, SnapshotRejectedError
-from das_service.client_http import Clock
+from das_service.client.http import Clock
 from das_service.folder import Folder
 from das_service.settings import Settings, load_settings
 from das_service.snapshot_folder import SnapshotError, check_files, manifest_sha256, read_manifest

@@ -6,7 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from das_service.table_rows import NewerSchemaError, example_chunk, example_rows, examples_content, supervision_rows
+from das_service.sink.table_rows import (
+    NewerSchemaError,
+    example_chunk,
+    example_rows,
+    examples_content,
+    supervision_rows,
+)
 from schemas import keys
 from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
 from schemas.entries import Entry, Position, encode_batch, fingerprint

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from das_service.door.json_body import parse_examples
+from das_service.door.validation import BodyLimits, ValidRows, validate_arrow, validate_json
 from das_service.errors import InvalidRowsError
 from das_service.ingest import CHUNK_BYTES, CHUNK_ROWS, encode_chunks, split_by_partition
-from das_service.json_body import parse_examples
-from das_service.validation import BodyLimits, ValidRows, validate_arrow, validate_json
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema
 from tests.served import NOON, NOON_US, SPEC, arrow_body, examples, examples_table

@@ -1,0 +1,5 @@
+"""`python -m das_service.cli`: the same as `das`."""
+
+from das_service.cli import main
+
+main()

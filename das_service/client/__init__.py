@@ -1,0 +1,32 @@
+"""The client of the service: what a product, a trainer and the CLI hold. Needs httpx and pyarrow, nothing else."""
+
+from das_service.client.client import DEFAULT_URL, Client
+from das_service.client.errors import (
+    ConflictError,
+    DasClientError,
+    LostRaceError,
+    NotFoundError,
+    RowError,
+    RowsRefusedError,
+    SnapshotRejectedError,
+    UnavailableError,
+    UnreachableError,
+)
+from das_service.client.ingest import IngestResult
+from schemas.wire import TruncatedStreamError
+
+__all__ = [
+    "DEFAULT_URL",
+    "Client",
+    "ConflictError",
+    "DasClientError",
+    "IngestResult",
+    "LostRaceError",
+    "NotFoundError",
+    "RowError",
+    "RowsRefusedError",
+    "SnapshotRejectedError",
+    "TruncatedStreamError",
+    "UnavailableError",
+    "UnreachableError",
+]

@@ -1,0 +1,323 @@
+"""The client of the service. Needs httpx and pyarrow, nothing else; pandas and polars frames are taken as they are.
+
+client = Client("http://127.0.0.1:8000")
+client.ingest("ads", frame)                                    # returns once the rows are on disk
+table = client.lookup("ads", ids, fms=["teacher"])             # one row per id, in their order, as Arrow
+
+Every call may be repeated without harm, and is, within its deadline, when the connection or the service fails.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import pyarrow as pa
+
+from das_service.client.arrow import ROWS_PER_REQUEST, iter_chunks, plain_table, to_table
+from das_service.client.errors import (
+    DasClientError,
+    LostRaceError,
+    SnapshotRejectedError,
+)
+from das_service.client.http import ATTEMPT_SECONDS, Call, Caller, Clock, parse_problem
+from das_service.client.ingest import IngestResult, ingest_chunks, parse_ingest_result
+from schemas.wire import ARROW_STREAM, read_table, write_table
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+IDS_PER_REQUEST = 20_000
+EmbeddingFormat = Literal["encoded", "float16", "float32"]
+
+
+class Client:
+    """A connection to one service. Threads may share it; close it, or use it in a `with`.
+
+    url: of the API, default DAS_API_URL; token: default DAS_TOKEN. timeout_seconds: the longest that one call takes,
+    all its retries included.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_seconds: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or Clock()
+        self._caller = Caller(
+            url or os.environ.get("DAS_API_URL") or DEFAULT_URL,
+            token=token or os.environ.get("DAS_TOKEN") or None,
+            timeout_seconds=timeout_seconds,
+            transport=transport,
+            clock=self._clock,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the service is."""
+        return self._caller.url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._caller.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ---- datasets
+
+    def put_dataset(self, dataset: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a dataset, or let it grow by nullable features, and give the declaration that holds now.
+
+        Raises:
+            ConflictError: Another declaration is stored; `problem["differences"]` says where they differ.
+        """
+        return self._json("PUT", f"/v1/datasets/{dataset}", json=dict(spec))
+
+    def get_dataset(self, dataset: str) -> dict[str, Any]:
+        """Give a dataset's declaration."""
+        return self._json("GET", f"/v1/datasets/{dataset}")
+
+    def list_datasets(self) -> list[dict[str, Any]]:
+        """Give the declared datasets."""
+        return list(self._json("GET", "/v1/datasets")["datasets"])
+
+    # ---- ingest
+
+    def ingest(
+        self,
+        dataset: str,
+        rows: Any,  # noqa: ANN401 - whatever holds a table
+        *,
+        on_error: Literal["skip", "abort"] = "skip",
+        wait: Literal["none", "scored"] = "none",
+        timeout_seconds: float = 10.0,
+    ) -> IngestResult:
+        """Hand in examples by one request and give what became of them, once they are on disk.
+
+        rows: an Arrow table or batch, a pandas or polars frame, or a list of dicts. Rows of bad values are left out
+        (on_error="abort": then none is taken). wait="scored" waits for their supervision, up to timeout_seconds.
+
+        Raises:
+            RowsRefusedError: None of the rows was taken; `errors` says why.
+        """
+        table = to_table(rows)
+        params: dict[str, Any] = {"on_error": on_error}
+        waiting = 0.0
+        if wait == "scored":
+            params |= {"wait": wait, "timeout_seconds": timeout_seconds}
+            waiting = timeout_seconds
+        call = Call(
+            method="POST",
+            path=f"/v1/datasets/{dataset}/examples",
+            params=params,
+            headers={"Content-Type": ARROW_STREAM, "Accept": "application/json"},
+            content=write_table(table),
+            attempt_seconds=ATTEMPT_SECONDS + waiting,
+        )
+        answer = self._caller.send(call, timeout_seconds=self._caller.timeout_seconds + waiting)
+        return parse_ingest_result(answer.json())
+
+    def ingest_batches(
+        self,
+        dataset: str,
+        batches: Any,  # noqa: ANN401
+        *,
+        concurrency: int = 4,
+        rows_per_request: int = ROWS_PER_REQUEST,
+        on_progress: Callable[[IngestResult], None] | None = None,
+    ) -> IngestResult:
+        """Hand in any number of examples, some requests at a time, and give the account of all of them.
+
+        batches: a table or frame, an Arrow reader, or an iterable of tables, frames or batches: it is read as the rows
+        are sent. Rows of bad values are left out and counted. on_progress gets the account after each request. To go
+        on after an error, hand in the same again: repeats change nothing.
+
+        Raises:
+            DasClientError: A request failed for good; the rows before it are on disk.
+        """
+        return ingest_chunks(
+            lambda chunk: self.ingest(dataset, chunk),
+            iter_chunks(batches, rows=rows_per_request),
+            concurrency=concurrency,
+            on_progress=on_progress,
+        )
+
+    # ---- supervision
+
+    def lookup(
+        self,
+        dataset: str,
+        example_ids: Any,  # noqa: ANN401 - a sequence or an Arrow array
+        *,
+        fms: Sequence[str],
+        outputs: Sequence[str] | None = None,
+        embedding_format: EmbeddingFormat = "float16",
+        event_times: Sequence[datetime] | pa.Array | None = None,
+        max_freshness_gap_seconds: float | None = None,
+    ) -> pa.Table:
+        """Give the supervision of examples from the online store: one row per id, in their order, repeats included.
+
+        event_times: of the same rows, where the caller knows them: an id with another event_time is then not taken
+        for this example. Long lists are asked for in several requests.
+
+        Raises:
+            TruncatedStreamError: An answer was cut on its way.
+        """
+        request = _lookup_table(example_ids, event_times)
+        params: dict[str, Any] = {"fms": list(fms), "embedding_format": embedding_format}
+        if outputs is not None:
+            params["outputs"] = list(outputs)
+        if max_freshness_gap_seconds is not None:
+            params["max_freshness_gap_seconds"] = max_freshness_gap_seconds
+        answers = []
+        for start in range(0, max(1, request.num_rows), IDS_PER_REQUEST):
+            call = Call(
+                method="POST",
+                path=f"/v1/datasets/{dataset}/supervision/lookup",
+                params=params,
+                headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
+                content=write_table(request.slice(start, IDS_PER_REQUEST)),
+            )
+            answers.append(read_table(self._caller.send(call).content))
+        return answers[0] if len(answers) == 1 else pa.concat_tables(answers).unify_dictionaries()
+
+    # ---- FMs and snapshots
+
+    def put_fm(self, dataset: str, fm: str, *, required: bool = True) -> dict[str, Any]:
+        """Declare an FM. required: its unscored examples stay in the log, and count as unfinished."""
+        return self._json("PUT", f"/v1/datasets/{dataset}/fms/{fm}", json={"required": required})
+
+    def get_fm(self, dataset: str, fm: str) -> dict[str, Any]:
+        """Give an FM: required, outputs, active snapshot."""
+        return self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}")
+
+    def list_fms(self, dataset: str) -> list[dict[str, Any]]:
+        """Give the FMs of a dataset."""
+        return list(self._json("GET", f"/v1/datasets/{dataset}/fms")["fms"])
+
+    def register_snapshot(self, dataset: str, fm: str, *, snapshot_id: str, uri: str, sha256: str) -> dict[str, Any]:
+        """Register a snapshot that lies under DAS_SNAPSHOTS_URI, so that a worker validates it.
+
+        sha256: the hex SHA-256 of its snapshot.json.
+        """
+        body = {"snapshot_id": snapshot_id, "uri": uri, "sha256": sha256}
+        return self._json("POST", f"/v1/datasets/{dataset}/fms/{fm}/snapshots", json=body)
+
+    def get_snapshot(self, dataset: str, fm: str, snapshot_id: str) -> dict[str, Any]:
+        """Give a snapshot: state, reasons, trained_through."""
+        return self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}/snapshots/{snapshot_id}")
+
+    def list_snapshots(self, dataset: str, fm: str) -> list[dict[str, Any]]:
+        """Give an FM's snapshots in the order of their registration."""
+        return list(self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}/snapshots")["snapshots"])
+
+    def wait_for_snapshot(
+        self, dataset: str, fm: str, snapshot_id: str, *, timeout_seconds: float = 300.0, poll_seconds: float = 0.25
+    ) -> dict[str, Any]:
+        """Give a snapshot once a worker has looked at it and found it good.
+
+        Raises:
+            SnapshotRejectedError: The worker refused it; the message has the reasons.
+            DasClientError: No worker has looked at it in time (code `snapshot_timeout`).
+        """
+        deadline = self._clock.monotonic() + timeout_seconds
+        while True:
+            snapshot = self.get_snapshot(dataset, fm, snapshot_id)
+            if snapshot["state"] == "rejected":
+                reasons = "; ".join(snapshot.get("reasons") or ["no reason was given"])
+                raise SnapshotRejectedError(
+                    f"snapshot {snapshot_id} of {dataset}/{fm} was rejected: {reasons}",
+                    code="snapshot_rejected",
+                    problem=snapshot,
+                )
+            if snapshot["state"] != "validating":
+                return snapshot
+            if self._clock.monotonic() >= deadline:
+                raise DasClientError(
+                    f"snapshot {snapshot_id} of {dataset}/{fm} is still validating after {timeout_seconds:g} s: "
+                    "is a worker running? `das status` says",
+                    code="snapshot_timeout",
+                    retryable=True,
+                )
+            self._clock.sleep(poll_seconds)
+
+    def active(self, dataset: str, fm: str) -> tuple[str | None, str | None]:
+        """Give the id of the active snapshot, None before the first, and the ETag for activate_snapshot."""
+        answer = self._caller.send(Call(method="GET", path=f"/v1/datasets/{dataset}/fms/{fm}/active"))
+        return answer.json().get("snapshot_id"), answer.headers.get("ETag")
+
+    def activate_snapshot(
+        self, dataset: str, fm: str, snapshot_id: str, *, if_match: str | None = None
+    ) -> dict[str, Any]:
+        """Let a validated snapshot score from now on; naming a former one rolls back.
+
+        if_match: the ETag of the state that the decision was made on; default: the state as it is now.
+
+        Raises:
+            LostRaceError: Somebody else changed it since.
+            ConflictError: The snapshot is not validated.
+        """
+        etag = if_match if if_match is not None else self.active(dataset, fm)[1]
+        headers = {"If-Match": etag} if etag else {}
+        try:
+            return self._json(
+                "PUT", f"/v1/datasets/{dataset}/fms/{fm}/active", json={"snapshot_id": snapshot_id}, headers=headers
+            )
+        except LostRaceError:
+            if if_match is None and self.active(dataset, fm)[0] == snapshot_id:
+                return {"snapshot_id": snapshot_id}  # our own first try, whose answer was lost
+            raise
+
+    # ---- operations
+
+    def status(self) -> dict[str, Any]:
+        """Give the state of the whole service (`/v1/status`)."""
+        return self._json("GET", "/v1/status")
+
+    def ready(self) -> dict[str, Any]:
+        """Give what /health/ready says: `ready`, and `problems` in plain words; "not ready" is an answer."""
+        answer = self._caller.ask_once("/health/ready")
+        return {**parse_problem(answer), "ready": answer.is_success}
+
+    def dead_letters(self, dataset: str, fm: str, *, limit: int = 100) -> list[dict[str, Any]]:
+        """Give the examples that an FM failed on, with the reasons."""
+        answer = self._json("GET", f"/v1/datasets/{dataset}/dead-letters", params={"fm": fm, "limit": limit})
+        return list(answer["dead_letters"])
+
+    def replay_dead_letters(self, dataset: str, fm: str, *, example_ids: Iterable[str] | None = None) -> dict[str, Any]:
+        """Let an FM try its dead letters again, all or those of example_ids, and give how many."""
+        body = {"fm": fm} if example_ids is None else {"fm": fm, "example_ids": list(example_ids)}
+        return self._json("POST", f"/v1/datasets/{dataset}/dead-letters/replay", json=body)
+
+    def _json(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        call = Call(method=method, path=path, json=json, params=params or {}, headers=headers or {})
+        return dict(self._caller.send(call).json())
+
+
+def _lookup_table(example_ids: Any, event_times: Any) -> pa.Table:  # noqa: ANN401
+    columns = {"example_id": _array(example_ids, pa.string())}
+    if event_times is not None:
+        columns["event_time"] = _array(event_times, pa.timestamp("us", "UTC"))
+    return plain_table(pa.table(columns))
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:  # noqa: ANN401
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    return pa.array(values, kind)

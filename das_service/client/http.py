@@ -1,0 +1,145 @@
+"""One HTTP call of the client: repeated while that can help, until its deadline, then an answer or an error.
+
+Every call of the service is idempotent, so a lost connection is tried again, and so are the refusals that call
+themselves retryable (429 and 503 above all): after what Retry-After says, at least an exponential back-off with jitter,
+and never past the deadline.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from das_service.client.errors import DasClientError, UnreachableError, problem_error
+
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+ATTEMPT_SECONDS = 30.0
+CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time and chance, so that tests need neither."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    chance: Callable[[], float] = random.random
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request. attempt_seconds: longest wait for one answer."""
+
+    method: str
+    path: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    json: Any = None
+    content: bytes | None = None
+    attempt_seconds: float = ATTEMPT_SECONDS
+
+
+class Caller:
+    """Sends calls to one service. Threads may share it."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout_seconds: float,
+        transport: httpx.BaseTransport | None,
+        clock: Clock,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self._clock = clock
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
+        self._http = httpx.Client(base_url=self.url, headers=headers, transport=transport, limits=limits)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def send(self, call: Call, *, timeout_seconds: float | None = None) -> httpx.Response:
+        """Give the answer of a call that succeeded.
+
+        Raises:
+            DasClientError: It did not, and trying again did not help or could not.
+        """
+        budget = self.timeout_seconds if timeout_seconds is None else timeout_seconds
+        deadline = self._clock.monotonic() + budget
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            outcome = self._attempt(call, deadline)
+            if isinstance(outcome, httpx.Response):
+                return outcome
+            error, wanted_seconds = outcome
+            seconds = max(wanted_seconds, pause * (0.5 + self._clock.chance() / 2))
+            if not error.retryable or self._clock.monotonic() + seconds >= deadline:
+                raise error
+            self._clock.sleep(seconds)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def ask_once(self, path: str) -> httpx.Response:
+        """Give whatever is answered to a GET, an error answer too, without a second try.
+
+        Raises:
+            UnreachableError: No answer came.
+        """
+        try:
+            return self._http.get(path, timeout=CONNECT_SECONDS)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _attempt(self, call: Call, deadline: float) -> httpx.Response | tuple[DasClientError, float]:
+        """Give the answer, or why there is none and how long the service asks to wait."""
+        seconds = max(0.05, min(call.attempt_seconds, deadline - self._clock.monotonic()))
+        try:
+            response = self._http.request(
+                call.method,
+                call.path,
+                params=call.params,
+                headers=call.headers,
+                json=call.json,
+                content=call.content,
+                timeout=httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
+            )
+        except httpx.TransportError as error:
+            return self._unreachable(error), 0.0
+        if response.is_success:
+            return response
+        refusal = problem_error(response.status_code, parse_problem(response))
+        return refusal, retry_after_seconds(response.headers.get("Retry-After"))
+
+    def _unreachable(self, error: httpx.TransportError) -> UnreachableError:
+        what = str(error) or type(error).__name__
+        return UnreachableError(f"no answer from {self.url}: {what}", code="unreachable", retryable=True)
+
+
+def parse_problem(response: httpx.Response) -> dict[str, Any]:
+    """Give the JSON object of an error answer, empty where its body is something else."""
+    with contextlib.suppress(ValueError):
+        body = response.json()
+        if isinstance(body, dict):
+            return body
+    return {}
+
+
+def retry_after_seconds(text: str | None) -> float:
+    """Give the seconds that a Retry-After header asks for, as a number or a date; 0 where it is absent or unclear."""
+    if not text:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    return 0.0

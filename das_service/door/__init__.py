@@ -1,0 +1,1 @@
+"""What stands between a request and the rows in it: access, bounds, bodies, columns, refusals."""

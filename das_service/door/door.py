@@ -1,0 +1,172 @@
+"""What every request passes: permits for data requests, bounded reading of bodies, media types."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from das_service.door.json_body import parse_json
+from das_service.errors import DasError, InvalidRowsError, OverloadedError, TooLargeError
+from schemas.wire import ARROW_STREAM, JSON
+
+DECLARATION_BYTES = 4 * 1024 * 1024
+_DRAIN_SECONDS = 2.0
+_WHOLE_BODY_FACTOR = 4
+
+
+class Permits:
+    """So many data requests at once, the rest is told to come back. Used from the event loop alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold a permit, or refuse at once.
+
+        Raises:
+            OverloadedError: All are held.
+        """
+        if self._free == 0:
+            raise OverloadedError(f"{self._total} data requests are being served; try again", code="busy")
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float) -> bytes:
+    """Give the whole body.
+
+    Raises:
+        TooLargeError: It is longer, or says so up front.
+        DasError: 408, it comes too slowly; 415, it is compressed as a whole.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise media_type_error("a Content-Encoding is not read here; Arrow can compress its own buffers")
+    too_large = TooLargeError(f"the body is longer than the {max_bytes} bytes that a request may have")
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated) > max_bytes:
+        await _drain(request, max_bytes)
+        raise too_large
+    pieces: list[bytes] = []
+    left, more = max_bytes, True
+    try:
+        async with asyncio.timeout(timeout_seconds * _WHOLE_BODY_FACTOR):
+            while more and left >= 0:
+                async with asyncio.timeout(timeout_seconds):
+                    message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                pieces.append(message.get("body", b""))
+                left -= len(pieces[-1])
+                more = message.get("more_body", False)
+    except TimeoutError:
+        detail = f"the body came too slowly: nothing for {timeout_seconds:g} s, or not whole in four times that"
+        raise DasError(detail, code="body_timeout", http_status=408) from None
+    if left < 0:
+        if more:
+            await _drain(request, max_bytes)
+        raise too_large
+    return b"".join(pieces)
+
+
+async def _drain(request: Request, max_bytes: int) -> None:
+    """Read on for a while: a caller that is cut while it sends may never see the answer."""
+    if request.headers.get("expect", "").lower() == "100-continue":
+        return  # it has not begun to send
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            left = max_bytes
+            while left > 0:
+                message = await request.receive()
+                left -= len(message.get("body", b"")) or 1
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+async def read_declaration(request: Request, model: type[_M], *, timeout_seconds: float) -> _M:
+    """Give a small JSON body as the model says.
+
+    Raises:
+        InvalidRowsError: invalid_body, with the errors by field.
+        DasError: It is not JSON (400), too large (413), or no JSON by its Content-Type (415).
+    """
+    if body_type(request) != JSON:
+        raise media_type_error(f"the body must be {JSON}")
+    body = await read_body(request, max_bytes=DECLARATION_BYTES, timeout_seconds=timeout_seconds)
+    parse_json(body, max_bytes=DECLARATION_BYTES)
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in found[:100]]
+        told = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+        raise InvalidRowsError(told, code="invalid_body", extra={"errors": errors}) from None
+
+
+def body_type(request: Request) -> str:
+    """Give the media type of the body, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def data_type(request: Request) -> str:
+    """Give the media type of a data body, one of the two that are read.
+
+    Raises:
+        DasError: 415.
+    """
+    kind = body_type(request)
+    if kind not in {ARROW_STREAM, JSON}:
+        raise media_type_error(f"the body must be {ARROW_STREAM} or {JSON}, not {kind or 'of no stated type'}")
+    return kind
+
+
+def media_type_error(detail: str) -> DasError:
+    """Give a 415."""
+    return DasError(detail, code="media_type", http_status=415)
+
+
+def answer_type(request: Request, *offers: str) -> str:
+    """Give the offer that the caller's Accept prefers; the first one where it does not care.
+
+    Raises:
+        DasError: 406, it takes none of them.
+    """
+    ranges = [_parse_range(part) for part in request.headers.get("accept", "*/*").split(",") if part.strip()]
+    best = max(offers, key=lambda offer: _quality(offer, ranges))
+    if ranges and _quality(best, ranges) <= 0:
+        raise DasError(f"the answer can be {' or '.join(offers)}", code="not_acceptable", http_status=406)
+    return best
+
+
+def _parse_range(text: str) -> tuple[str, float]:
+    kind, *parameters = [part.strip().lower() for part in text.split(";")]
+    quality = 1.0
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                quality = float(parameter[2:])
+            except ValueError:
+                quality = 0.0
+    return kind, quality
+
+
+def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
+    """Give how much an offer is wanted; the most exact range decides."""
+    for pattern in (offer, offer.partition("/")[0] + "/*", "*/*"):
+        found = [quality for kind, quality in ranges if kind == pattern]
+        if found:
+            return max(found)
+    return 1.0 if not ranges else 0.0

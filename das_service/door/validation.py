@@ -1,0 +1,213 @@
+"""Examples as they come through the door: whole requests or single rows are refused here, and nowhere else.
+
+A wrong, missing or unknown column refuses the request (schema_mismatch). A value that its column may not hold refuses
+its row; the other rows are kept. Work is by column; a row costs Python only when it is refused or came as JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from das_service.door.arrow_body import Budget, read_batches
+from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, schema_differences, value_bytes
+from das_service.door.json_body import JSON_SHARE, columns_of_rows, parse_examples
+from das_service.door.row_errors import MAX_LISTED, RowErrors
+from das_service.errors import InvalidRowsError
+from schemas import keys
+from schemas.dataset import DatasetSpec, Feature, example_schema
+from schemas.hashing import fixed_width_values, list_elements, validity
+from schemas.names import EXAMPLE_ID_MAX_BYTES
+
+_DAY_US = 86_400_000_000
+_MAX_DECODED_BYTES = 2**31 - 1  # offsets of a string column have 32 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyLimits:
+    """What one request may hold."""
+
+    max_rows: int
+    max_decoded_bytes: int
+
+    def budget(self) -> Budget:
+        """Give a fresh budget of decoded bytes."""
+        return Budget(min(self.max_decoded_bytes, _MAX_DECODED_BYTES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidRows:
+    """The rows of a request that may be stored, in its order, and why others may not.
+
+    batch has example_schema(spec); errors are as contract 3 shows them.
+    """
+
+    batch: pa.RecordBatch
+    num_refused: int
+    errors: list[dict[str, Any]]
+    refused_by_code: Mapping[str, int]
+
+    @property
+    def errors_truncated(self) -> bool:
+        """Whether there are more refused rows than errors."""
+        return self.num_refused > MAX_LISTED
+
+
+def validate_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+    """Give the rows of an Arrow stream that may be stored. now_us: microseconds since 1970, for event_time's bounds.
+
+    Raises:
+        BadRequestError: The stream is damaged or was cut.
+        InvalidRowsError: schema_mismatch, or code empty: there is no row.
+        TooLargeError: It is over a limit.
+    """
+
+    def expect(schema: pa.Schema) -> None:
+        refuse_differences(schema_differences(schema, spec))
+
+    budget = limits.budget()
+    schema, batches = read_batches(body, budget=budget, max_rows=limits.max_rows, expect=expect)
+    errors = RowErrors(sum(batch.num_rows for batch in batches))
+    columns = canonical_columns(schema, batches, spec, budget=budget, errors=errors)
+    return check_rows(columns, spec, errors=errors, now_us=now_us)
+
+
+def validate_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+    """Give the rows of a JSON body that may be stored; raises as validate_arrow does."""
+    rows = parse_examples(body, max_bytes=limits.max_decoded_bytes // JSON_SHARE, max_rows=limits.max_rows)
+    errors = RowErrors(len(rows))
+    if not rows:
+        raise _empty()
+    columns = columns_of_rows(rows, spec, budget=limits.budget(), errors=errors)
+    return check_rows(columns, spec, errors=errors, now_us=now_us)
+
+
+def refuse_differences(differences: list[dict[str, str]]) -> None:
+    """Raise if there are any.
+
+    Raises:
+        InvalidRowsError: schema_mismatch, with all differences.
+    """
+    if differences:
+        told = "; ".join(f"{item['column']}: {item['message']}" for item in differences[:5])
+        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+        raise InvalidRowsError(
+            f"the columns do not fit the dataset: {told}{more}", extra={"columns": differences[:MAX_LISTED]}
+        )
+
+
+def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: RowErrors, now_us: int) -> ValidRows:
+    """Give the rows whose values all may be stored; columns are those of an entry, without the digest.
+
+    Raises:
+        InvalidRowsError: Code empty: there is no row.
+    """
+    ids = columns["example_id"]
+    if len(ids) == 0:
+        raise _empty()
+    _check_ids(ids, errors)
+    _check_times(columns["event_time"], spec, now_us=now_us, errors=errors)
+    for feature in spec.features:
+        _check_feature(columns[feature.name], feature, errors)
+    arrays = [columns["example_id"], columns["event_time"], *[columns[f.name] for f in spec.features]]
+    names = ["example_id", "event_time", *[f.name for f in spec.features]]
+    batch = pa.RecordBatch.from_arrays(arrays, names)
+    if errors.num_refused:
+        batch = batch.filter(pa.array(errors.good()))
+    digest = keys.digest_array(batch.column(0))
+    first = _first_of_its_id(digest)
+    if first is not None:
+        rows = np.flatnonzero(errors.good())[~first]
+        errors.refuse_rows(
+            rows.tolist(), column="example_id", code="duplicate_in_request", message="an earlier row has the same id"
+        )
+        batch, digest = batch.filter(pa.array(first)), digest.filter(pa.array(first))
+    arrays = [batch.column(0), digest, *batch.columns[1:]]
+    return ValidRows(
+        batch=pa.RecordBatch.from_arrays(arrays, schema=example_schema(spec)),
+        num_refused=errors.num_refused,
+        errors=errors.listed(ids),
+        refused_by_code=errors.by_code(),
+    )
+
+
+def _empty() -> InvalidRowsError:
+    return InvalidRowsError("the request has no rows", code="empty")
+
+
+def _check_ids(ids: pa.Array, errors: RowErrors) -> None:
+    _check_nulls(ids, "example_id", errors)
+    lengths = value_bytes(ids)
+    valid = validity(ids) if ids.null_count else np.ones(len(ids), np.bool_)
+    errors.refuse((lengths == 0) & valid, column="example_id", code="empty_id", message="it is the empty string")
+    message = f"it is longer than {EXAMPLE_ID_MAX_BYTES} bytes"
+    errors.refuse(lengths > EXAMPLE_ID_MAX_BYTES, column="example_id", code="too_long", message=message)
+
+
+def _check_nulls(array: pa.Array, column: str, errors: RowErrors) -> None:
+    if array.null_count:
+        errors.refuse(~validity(array), column=column, code="null", message="it is null")
+
+
+def _check_times(times: pa.Array, spec: DatasetSpec, *, now_us: int, errors: RowErrors) -> None:
+    _check_nulls(times, "event_time", errors)
+    microseconds = fixed_width_values(times, np.dtype("<i8"))
+    valid = validity(times) if times.null_count else np.ones(len(times), np.bool_)
+    latest = min(now_us + spec.max_future_seconds * 1_000_000, LAST_US)
+    message = f"it is more than {spec.max_future_seconds} s ahead of the server's clock"
+    errors.refuse((microseconds > latest) & valid, column="event_time", code="time_in_future", message=message)
+    earliest, message = FIRST_US, "it is before the year 1"
+    if spec.max_age_days is not None:
+        earliest = max(FIRST_US, now_us - spec.max_age_days * _DAY_US)
+        message = f"it is more than {spec.max_age_days} days ago"
+    errors.refuse((microseconds < earliest) & valid, column="event_time", code="time_too_old", message=message)
+
+
+def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
+    if not feature.nullable:
+        _check_nulls(array, feature.name, errors)
+    if feature.type == "float":
+        _refuse_infinite(fixed_width_values(array, np.dtype("<f8")), array, feature, errors)
+    elif feature.type == "vector":
+        values = fixed_width_values(array, np.dtype((np.void, 4 * (feature.size or 0))))
+        _refuse_infinite(values.view("<f4").reshape(len(array), feature.size or 0), array, feature, errors)
+    elif feature.type == "category_list":
+        _check_lists(array, feature, errors)
+
+
+def _refuse_infinite(values: NDArray[Any], array: pa.Array, feature: Feature, errors: RowErrors) -> None:
+    finite = np.isfinite(values)
+    if finite.all():
+        return
+    bad = ~(finite if finite.ndim == 1 else finite.all(axis=1))
+    if array.null_count:
+        bad &= validity(array)
+    errors.refuse(bad, column=feature.name, code="not_finite", message="it is NaN or infinite")
+
+
+def _check_lists(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
+    elements, bounds = list_elements(array)
+    lengths = np.diff(bounds)
+    valid = validity(array) if array.null_count else np.ones(len(array), np.bool_)
+    message = f"the list has more than {feature.max_length} elements"
+    errors.refuse((lengths > feature.max_length) & valid, column=feature.name, code="too_long", message=message)
+    if elements.null_count:
+        holes = np.concatenate([[0], np.cumsum(~validity(elements))])
+        with_null = (holes[bounds[1:]] != holes[bounds[:-1]]) & valid
+        message = "the list has a null element"
+        errors.refuse(with_null, column=feature.name, code="null_element", message=message)
+
+
+def _first_of_its_id(digest: pa.Array) -> NDArray[np.bool_] | None:
+    """Give True for the first row of each id, None if no id repeats. Equal digests (128 bits) are equal ids."""
+    words = keys.digest_words(digest)
+    firsts = np.sort(words[:, 0])
+    if not (firsts[1:] == firsts[:-1]).any():
+        return None
+    _, places = np.unique(words, axis=0, return_index=True)
+    first = np.zeros(len(words), np.bool_)
+    first[places] = True
+    return None if first.all() else first

@@ -1,0 +1,1 @@
+"""Supervision out: from the online store by id, from the tables by join."""

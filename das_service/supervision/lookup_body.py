@@ -1,0 +1,123 @@
+"""Bodies of a lookup: which rows, by which FMs, in which form."""
+
+from datetime import datetime
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from das_service.door.arrow_body import read_batches
+from das_service.door.columns import id_column, lookup_differences, time_column
+from das_service.door.json_body import JSON_SHARE
+from das_service.door.row_errors import RowErrors
+from das_service.door.validation import BodyLimits, refuse_differences
+from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
+from das_service.supervision.lookup import EmbeddingFormat, LookupQuery, Rows
+from schemas.dataset import TIMESTAMP
+
+Gap = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+
+
+class LookupBody(BaseModel):
+    """The JSON body of a lookup. event_times: as many as example_ids, or absent."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "fms": ["teacher"],
+                "example_ids": ["a", "b"],
+                "outputs": ["click"],
+                "embedding_format": "float16",
+            }
+        },
+    )
+
+    fms: Annotated[tuple[str, ...], Field(min_length=1, description="FMs of the dataset.")]
+    example_ids: tuple[str, ...] = Field(description="Ids, in any order; repeats are answered each.")
+    event_times: tuple[AwareDatetime | None, ...] | None = Field(
+        None, description="Event times of the same rows: an id with an example of another event day is then absent."
+    )
+    outputs: tuple[str, ...] | None = Field(None, description="Tasks and embeddings wanted; default: all.")
+    embedding_format: EmbeddingFormat = Field("float16", description="How embeddings are handed out.")
+    max_freshness_gap_seconds: Gap | None = Field(None, description="A larger event_time - trained_through is stale.")
+
+
+def parse_lookup_json(body: bytes, limits: BodyLimits) -> tuple[Rows, LookupQuery]:
+    """Give what a JSON body asks.
+
+    Raises:
+        BadRequestError: It is not JSON.
+        InvalidRowsError: It has another shape.
+        TooLargeError: It has too many bytes or ids.
+    """
+    if len(body) > limits.max_decoded_bytes // JSON_SHARE:
+        raise TooLargeError(f"a JSON body may have {limits.max_decoded_bytes // JSON_SHARE} bytes; send Arrow for more")
+    try:
+        asked = LookupBody.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    _bound(len(asked.example_ids), limits)
+    times = None
+    if asked.event_times is not None:
+        if len(asked.event_times) != len(asked.example_ids):
+            raise InvalidRowsError("event_times has another length than example_ids", code="invalid_body")
+        times = _time_array(asked.event_times)
+    try:
+        ids = pa.array(asked.example_ids, pa.string())
+    except UnicodeEncodeError:
+        raise InvalidRowsError("an id holds half of a surrogate pair", code="invalid_body") from None
+    query = LookupQuery(
+        fms=tuple(dict.fromkeys(asked.fms)),
+        outputs=asked.outputs,
+        embedding_format=asked.embedding_format,
+        max_freshness_gap_seconds=asked.max_freshness_gap_seconds,
+    )
+    return Rows(example_id=ids, event_time=times), query
+
+
+def _time_array(times: tuple[datetime | None, ...]) -> pa.Array:
+    try:
+        return pa.array(times, TIMESTAMP)
+    except (pa.ArrowInvalid, OverflowError) as error:
+        raise InvalidRowsError(f"event_times: {error}", code="invalid_body") from None
+
+
+def _refusal(error: ValidationError) -> BadRequestError | InvalidRowsError:
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return BadRequestError(f"the body is not JSON that we read: {found[0]['msg']}")
+    errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in found[:100]]
+    told = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    return InvalidRowsError(told, code="invalid_body", extra={"errors": errors})
+
+
+def parse_lookup_arrow(body: bytes, limits: BodyLimits) -> Rows:
+    """Give the rows of an Arrow body: a column example_id, and event_time if the caller likes.
+
+    Raises:
+        BadRequestError: The stream is damaged or was cut.
+        InvalidRowsError: schema_mismatch, an id is null, or an event_time is finer than a microsecond.
+        TooLargeError: It is over a limit.
+    """
+    budget = limits.budget()
+    schema, batches = read_batches(
+        body, budget=budget, max_rows=limits.max_rows, expect=lambda s: refuse_differences(lookup_differences(s))
+    )
+    ids = id_column(schema, batches, budget)
+    errors = RowErrors(len(ids))
+    times = time_column(schema, batches, errors) if "event_time" in schema.names else None
+    if ids.null_count:
+        errors.refuse(np.asarray(ids.is_null()), column="example_id", code="null", message="it is null")
+    if errors.num_refused:
+        raise InvalidRowsError(
+            f"{errors.num_refused} rows can't be looked up", code="invalid_rows", extra={"errors": errors.listed(ids)}
+        )
+    return Rows(example_id=ids, event_time=times)
+
+
+def _bound(num_ids: int, limits: BodyLimits) -> None:
+    if num_ids > limits.max_rows:
+        raise TooLargeError(f"the body has {num_ids} ids; a request may have {limits.max_rows}")

@@ -1,0 +1,1 @@
+"""The Delta tables: their files, their durable commits, and the process's one DuckDB."""

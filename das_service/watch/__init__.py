@@ -1,0 +1,1 @@
+"""Who lives, what is ready, how far the rows are."""
