@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
+from das_service import client as client_module
 from das_service.cli.app import build_app
 from das_service.cli.status_view import build_view
-from das_service.client import client as client_module
 from das_service.up.service_folder import ServiceFolder, owned
 from das_service.up.service_status import look
 from schemas.wire import read_table, write_table

@@ -271,6 +271,41 @@ def test_lookup_keeps_order_and_repeats_over_several_requests(
     }  # fmt: skip
 
 
+def at_most(max_ids: int) -> Callable[[httpx.Request], httpx.Response]:
+    """A service whose bound on an answer lets so many ids through."""
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        too_large = problem(413, "answer_too_large", max_ids=max_ids)
+        return too_large if sent(request).num_rows > max_ids else lookup_answer(request)
+
+    return reply
+
+
+def test_lookup_halves_what_it_asks_for_at_once_while_the_answer_is_too_large(connect: Connect, time: FakeTime) -> None:
+    client, service = connect(at_most(3))
+    ids = [f"e{i}" for i in range(13)]
+
+    assert client.lookup("ads", ids, fms=["f"])["example_id"].to_pylist() == ids
+
+    assert [sent(request).num_rows for request in service.requests] == [13, 6, 3, 3, 3, 3, 1]
+    assert time.slept == []
+
+
+def test_lookup_gives_up_where_not_even_one_id_fits(connect: Connect) -> None:
+    client, service = connect(at_most(0))
+    with pytest.raises(DasClientError) as caught:
+        client.lookup("ads", ["a", "b", "c"], fms=["f"])
+    assert (caught.value.code, caught.value.status) == ("answer_too_large", 413)
+    assert [sent(request).num_rows for request in service.requests] == [3, 1]
+
+
+def test_lookup_does_not_halve_for_another_refusal(connect: Connect) -> None:
+    client, service = connect(problem(413, "too_large"))
+    with pytest.raises(DasClientError, match="too_large"):
+        client.lookup("ads", ["a", "b", "c"], fms=["f"])
+    assert len(service.requests) == 1
+
+
 def test_lookup_sends_event_times_as_microseconds_utc(connect: Connect) -> None:
     client, service = connect(lookup_answer)
     client.lookup("ads", ["a"], fms=["f"], event_times=[NOON])

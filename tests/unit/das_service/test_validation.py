@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from datetime import UTC, datetime
 from typing import Any
 
@@ -213,12 +214,38 @@ def _fault_of(row: dict[str, Any]) -> str | None:
         return "null"
     if not math.isfinite(row["price"]):
         return "not_finite"
+    if not _fits_float32(row["price"]):
+        return "out_of_range"
     if row["user_id"] is None:
         return "null"
     tags = row["tags"] or []
     if len(tags) > 3:
         return "too_long"
     return "null_element" if None in tags else None
+
+
+def _fits_float32(value: float) -> bool:
+    try:
+        struct.pack("<f", value)
+    except OverflowError:
+        return False
+    return True
+
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+FIRST_BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127  # half-way to 2**128, where rounding goes up
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_is_refused_from_where_float32_would_round_it_to_infinity(sign: int) -> None:
+    last = math.nextafter(FIRST_BEYOND_FLOAT32, 0)
+    prices = [sign * value for value in (FLOAT32_MAX, last, FIRST_BEYOND_FLOAT32, 1e308)]
+
+    rows = of_arrow(examples_table(0, 4, price=prices))
+
+    assert [(error["row"], error["code"]) for error in rows.errors] == [(2, "out_of_range"), (3, "out_of_range")]
+    assert "float32" in rows.errors[0]["message"]
+    assert rows.batch.column("price").to_pylist() == prices[:2]
 
 
 @given(st.lists(ROW, min_size=1, max_size=8))

@@ -1,5 +1,7 @@
 """Laws of the bisection: every bad row is found, every good row is scored, whatever dies on the way."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -58,6 +60,37 @@ def test_rows_that_kill_are_found_through_the_deaths_of_processes(num_rows: int,
         pytest.fail("forty processes died")
     assert failed == dict.fromkeys(sorted(killers), ENDED_THE_PROCESS)
     assert deaths <= 5 * len(killers)
+
+
+@given(num_rows=st.integers(2, 300), at_once=st.integers(0, 299), later=st.sets(st.integers(0, 299), max_size=3))
+def test_rows_that_another_process_found_good_are_tried_again_and_noted(
+    num_rows: int, at_once: int, later: set[int]
+) -> None:
+    """Rows of `later` kill every process but the first."""
+    at_once, later = at_once % num_rows, {row for row in later if row < num_rows}
+    kept: list[str] = []
+    deaths, tried = 0, set[int]()
+
+    def forward(rows: np.ndarray) -> None:
+        lo, hi = json.loads(kept[-1])["trying"]
+        assert set(rows.tolist()) <= set(range(lo, hi))
+        if ({at_once} | (later if deaths else set())) & set(rows.tolist()):
+            raise ProcessEndedError
+        tried.update(rows.tolist())
+
+    failed: dict[int, str] = {}
+    while True:
+        attempt = resume_attempt(kept[-1].encode() if kept else None, num_rows)
+        tried.clear()
+        try:
+            failed = try_rows(attempt, np.arange(num_rows), note=lambda a: kept.append(a.to_json()), forward=forward)
+        except ProcessEndedError:
+            deaths += 1
+            assert deaths < 60
+            continue
+        break
+    assert set(failed) == later | {at_once}
+    assert tried == set(range(num_rows)) - set(failed)
 
 
 def test_one_death_over_a_single_row_is_not_yet_held_against_it() -> None:
