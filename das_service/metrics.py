@@ -26,6 +26,7 @@ class Metrics:
             "das_build_info", "Version of the service.", ["role", "version", "python"], registry=registry
         )
         self.build.labels(role, package_version(), platform.python_version()).set(1)
+        self.ready = Gauge("das_ready", "Whether this process finds nothing wrong, at the scrape.", registry=registry)
         self.ingest_rows = Counter(
             "das_ingest_rows", "Rows at the door.", ["dataset", "result", "reason"], registry=registry
         )
@@ -54,6 +55,10 @@ class Metrics:
         )  # fmt: skip
         self.wasted_rows = Counter(
             "das_fm_wasted_rows", "Rows that a model was run on in vain: another worker or snapshot had them.",
+            ["dataset", "fm"], registry=registry,
+        )  # fmt: skip
+        self.unreadable_entries = Counter(
+            "das_fm_unreadable_entries", "Entries that no worker can read; the sink keeps them in dead_chunks.",
             ["dataset", "fm"], registry=registry,
         )  # fmt: skip
         self.batch_rows = Histogram(

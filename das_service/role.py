@@ -122,15 +122,19 @@ def _start_probe(context: RoleContext, health: Health) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             if self.path == "/metrics":
+                context.metrics.ready.set(not self._problems())
                 self._answer(200, "text/plain; version=0.0.4; charset=utf-8", context.metrics.render())
             elif self.path == "/health/live":
                 self._answer(200, "application/json", b'{"status":"alive"}')
             elif self.path == "/health/ready":
-                problems = ["stopping"] if context.stopping.is_set() else health()
+                problems = self._problems()
                 body = json.dumps({"ready": not problems, "problems": problems}).encode()
                 self._answer(503 if problems else 200, "application/json", body)
             else:
                 self._answer(404, "text/plain", b"there are /metrics, /health/live and /health/ready\n")
+
+        def _problems(self) -> list[str]:
+            return ["stopping"] if context.stopping.is_set() else health()
 
         def _answer(self, status: int, content_type: str, body: bytes) -> None:
             self.send_response(status)
