@@ -3,8 +3,8 @@
 import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -13,18 +13,28 @@ from fastapi import FastAPI
 from das_service.door.auth import load_tokens
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
-from das_service.metrics import package_version
-from das_service.routes import datasets, examples, fms, health, status, supervision
+from das_service.metrics import Metrics, package_version
+from das_service.routes import augment, datasets, examples, fms, health, status, supervision
 from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
 from das_service.routes.status import ReplayDeclaration
-from das_service.service import Service, build_service
+from das_service.service import build_service
 from das_service.settings import Settings, SettingsError
+from das_service.supervision.augment_body import AugmentBody
 from das_service.supervision.lookup_body import LookupBody
 from schemas.dataset import DatasetSpec
 
 log = logging.getLogger("das.api")
+_LAST_PORT = 65_535
 
-_BODIES = (DatasetSpec, FmDeclaration, SnapshotDeclaration, ActiveDeclaration, ReplayDeclaration, LookupBody)
+_BODIES = (
+    DatasetSpec,
+    FmDeclaration,
+    SnapshotDeclaration,
+    ActiveDeclaration,
+    ReplayDeclaration,
+    LookupBody,
+    AugmentBody,
+)
 _DESCRIPTION = (
     "Runs a large teacher (FM) once per example, keeps what it said, and hands it to any trainer, joined to that "
     "trainer's rows, correctly in time. Arrow IPC streams and JSON on every data endpoint; errors are RFC 9457 "
@@ -38,33 +48,31 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         SettingsError: The tokens file can't be used.
     """
-    service = build_service(settings)
+    metrics, tokens = Metrics("api"), load_tokens(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        service = build_service(settings, metrics=metrics, tokens=tokens)
+        try:
+            await service.in_thread(service.monitor.start)
+            yield {"service": service}
+        finally:
+            await service.in_thread(service.close)
+
     app = FastAPI(
         title="Data Augmentation Service",
         version=package_version(),
         summary="Run the teacher once per example, hand its supervision to every student.",
         description=_DESCRIPTION,
-        lifespan=_lifespan(service),
+        lifespan=lifespan,
         redirect_slashes=False,
     )
     install_problems(app)
-    app.add_middleware(RequestWatch, metrics=service.metrics)
-    for routes in (datasets, examples, supervision, fms, status, health):
+    app.add_middleware(RequestWatch, metrics=metrics)
+    for routes in (datasets, examples, supervision, augment, fms, status, health):
         app.include_router(routes.router)
     install_openapi(app, _BODIES)
     return app
-
-
-def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        await service.in_thread(service.monitor.start)
-        try:
-            yield {"service": service}
-        finally:
-            await service.in_thread(service.close)
-
-    return lifespan
 
 
 def main(settings: Settings) -> int:
@@ -73,12 +81,8 @@ def main(settings: Settings) -> int:
     Raises:
         SettingsError: Anybody on the network could reach it, and there are no tokens.
     """
+    describe_access(settings)
     host, port = parse_bind(settings.bind)
-    if not load_tokens(settings).records and not is_loopback(host):
-        raise SettingsError(
-            f"DAS_BIND {settings.bind} is reachable from other machines and there are no tokens: set DAS_TOKENS_FILE, "
-            "or bind to 127.0.0.1"
-        )
     config = uvicorn.Config(
         create_app(settings),
         host=host,
@@ -96,6 +100,24 @@ def main(settings: Settings) -> int:
     return 0 if server.started else 1
 
 
+def describe_access(settings: Settings) -> str:
+    """Give in one line where the API listens and for whom.
+
+    Raises:
+        SettingsError: Anybody on the network could reach it, and there are no tokens.
+    """
+    host, _ = parse_bind(settings.bind)
+    num_tokens = len(load_tokens(settings).records)
+    if num_tokens:
+        return f"http://{settings.bind}, for callers with one of {num_tokens} tokens"
+    if is_loopback(host):
+        return f"http://{settings.bind}, for this machine alone: there are no tokens (DAS_TOKENS_FILE names them)"
+    raise SettingsError(
+        f"DAS_BIND {settings.bind} is reachable from other machines and there are no tokens: set DAS_TOKENS_FILE, or "
+        "bind to 127.0.0.1"
+    )
+
+
 def parse_bind(bind: str) -> tuple[str, int]:
     """Give host and port of `host:port`; an IPv6 host stands in brackets.
 
@@ -103,7 +125,7 @@ def parse_bind(bind: str) -> tuple[str, int]:
         SettingsError: It has another shape.
     """
     host, _, port = bind.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or int(port) > _LAST_PORT:
         raise SettingsError(f"DAS_BIND {bind!r} is not host:port")
     return host.strip("[]"), int(port)
 

@@ -47,8 +47,8 @@ class ConflictError(DasError):
 class TooLargeError(DasError):
     """413: over a limit that the message names."""
 
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail, code="too_large", http_status=413)
+    def __init__(self, detail: str, *, code: str = "too_large", extra: Mapping[str, object] | None = None) -> None:
+        super().__init__(detail, code=code, http_status=413, extra=extra)
 
 
 class InvalidRowsError(DasError):

@@ -114,6 +114,11 @@ class Folder:
         with filesystem.open_output_stream(f"{base}/{name}") as stream:
             stream.write(data)
 
+    def locked(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a lock beside a file, which all processes of this machine respect; an object store has no locks."""
+        root = self.path
+        return contextlib.nullcontext() if root is None else locked((root / name).with_suffix(".lock"))
+
     def remote(self) -> tuple[fs.FileSystem, str]:
         """Give the object store and the root within it."""
         options = {key.lower().removeprefix("aws_"): value for key, value in self.storage_options.items()}

@@ -16,22 +16,27 @@ from das_service.logs.streams import Appended, AppendLimits, Chunk, append_chunk
 from das_service.metrics import Metrics
 from schemas import keys
 from schemas.dataset import DatasetSpec
-from schemas.entries import encode_batch, head_fields
+from schemas.entries import TRACEPARENT, encode_batch, head_fields
 
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 4 * 1024 * 1024
 
 
-def encode_chunks(dataset: str, spec: DatasetSpec, batch: pa.RecordBatch) -> list[Chunk]:
+def encode_chunks(
+    dataset: str, spec: DatasetSpec, batch: pa.RecordBatch, *, traceparent: str | None = None
+) -> list[Chunk]:
     """Give the batch (example_schema) as chunks of its partitions, rows in their order.
+
+    traceparent goes with each of them; a repeat of a request is recognised whatever it says.
 
     Raises:
         TooLargeError: One row alone is larger than a chunk may be.
     """
     chunks = []
+    meta = {} if traceparent is None else {TRACEPARENT: traceparent}
     for partition, part in split_by_partition(batch, spec.partitions):
         for piece, data in _iter_pieces(part):
-            head = head_fields(batch.schema, num_rows=piece, num_features=len(spec.features), meta={})
+            head = head_fields(batch.schema, num_rows=piece, num_features=len(spec.features), meta=meta)
             chunks.append(
                 Chunk(dataset=dataset, partition=partition, kind=EXAMPLES, data=data, head=head, num_rows=piece)
             )

@@ -1,15 +1,13 @@
 """`das recover`: begin a later epoch after the server lost its logs, or part of them.
 
 What the tables hold and what the surviving logs hold is kept: the sink commits surviving entries of the old epoch,
-then goes on with the new one. What was acknowledged and is in neither is given up, and said. Examples whose scoring was
-under way are planned to be scored again (rescore.py; the sink feeds them).
+then goes on with the new one. What was acknowledged and is in neither is given up, and said. Which log positions an
+FM's outcomes may be missing of is written down; the sink looks them up and feeds them (sink/rescore_plan.py).
 
-Order: registry, server, plans, and last logs.json, whose epoch makes the logs usable again. Until then every role
+Order: registry, server, reaches, and last logs.json, whose epoch makes the logs usable again. Until then every role
 refuses them, so that recovery may be cut anywhere and run again.
 """
 
-import datetime as dt
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +15,7 @@ import redis
 
 from das_service.errors import ConflictError, UnavailableError
 from das_service.folder import Folder
+from das_service.logs.backlog import read_ranges
 from das_service.logs.records import (
     EXAMPLES,
     LogsFile,
@@ -28,18 +27,22 @@ from das_service.logs.records import (
     table_of_log,
     write_logs_file,
 )
-from das_service.logs.streams import LogCounters, LogProblem, check_logs, read_counters
+from das_service.logs.streams import (
+    NOT_COUNTED,
+    LogCounters,
+    LogProblem,
+    check_logs,
+    read_counters,
+    show_planned,
+)
 from das_service.redis_client import connect, run_script
 from das_service.registry import Catalog, FmRecord, Registry, parse_catalog, read_revision
 from das_service.settings import Settings
-from das_service.sink.rescore import LostDay, Reach, first_needed, keep_starts, read_plan, write_plan
+from das_service.sink.rescore import keep_starts
+from das_service.sink.rescore_plan import Loss, Reach, plan_of_loss, write_loss
 from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.entries import Position, parse_position
-from schemas.tables import supervision_table
-
-log = logging.getLogger("das.recover")
-_SLICE_ROWS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,10 @@ class LogReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a recovery found and did. epochs: the new one of each dataset; rescoring: event days planned per FM."""
+    """What a recovery found and did.
+
+    epochs: the new one of each dataset. rescoring: per FM how many event days are to be looked through.
+    """
 
     registry_restored: bool
     epochs: dict[str, int]
@@ -144,15 +150,19 @@ class _DatasetRecovery:
 
     def run(self) -> dict[str, int]:
         """Make the logs usable in the new epoch; give how many event days each FM is to look through again."""
-        reaches = {fm: self._reaches(fm) for fm in self._fms}
+        losses = {fm: self._loss(fm) for fm in self._fms}
         for partition in self._partitions:
             self._make_logs(partition)
-        planned = {}
+        examples = TableReader(table_place(self._folder, self._dataset, EXAMPLES))
+        examples.refresh()
+        touched = {}
         for fm, record in self._fms.items():
             self._make_groups(fm, record)
-            planned[f"{self._dataset}/{fm}"] = self._plan(fm, reaches[fm])
+            write_loss(self._folder, self._dataset, fm, losses[fm])
+            show_planned(self._client, self._dataset, fm, [NOT_COUNTED] * len(self._partitions))
+            touched[f"{self._dataset}/{fm}"] = len(plan_of_loss(losses[fm], examples.days).days)
         write_logs_file(self._folder, self._dataset, replace(self._recorded, epoch=self.epoch))
-        return planned
+        return touched
 
     def _report_log(self, problem: LogProblem, found: LogCounters | None) -> LogReport:
         table = table_of_log(problem.log)
@@ -178,7 +188,8 @@ class _DatasetRecovery:
     def _make_logs(self, partition: int) -> None:
         counters = keys.counters(self._dataset, partition)
         kinds = sorted({*self._recorded.logs, *(kind for fm in self._fms for kind in fm_logs(fm))})
-        run_script(self._client, "raise_epoch", [counters], [self.epoch, *kinds])
+        logs = [keys.log(self._dataset, partition, kind) for kind in kinds]
+        run_script(self._client, "raise_epoch", [counters, *logs], [self.epoch, *kinds])
         for kind in kinds:
             names = [counters, keys.log(self._dataset, partition, kind)]
             run_script(self._client, "create_log", names, [kind, self.epoch])
@@ -191,56 +202,35 @@ class _DatasetRecovery:
                 name = keys.log(self._dataset, partition, kind)
                 groups = {group["name"].decode() for group in self._client.xinfo_groups(name)}
                 if keys.group(fm) not in groups:
-                    self._client.xgroup_create(name, keys.group(fm), id="0")
+                    self._client.xgroup_create(name, keys.group(fm), id=self._before_first(name))
             start = starts.get(partition, Position(epoch=1, seq=0)).entry_id
             self._client.hsetnx(keys.counters(self._dataset, partition), f"start:{fm}:{EXAMPLES}", start)
             generation = keys.generation(self._dataset, partition, fm)
             if int(self._client.get(generation) or -1) < record.generation:
                 self._client.set(generation, record.generation)
 
-    def _reaches(self, fm: str) -> tuple[Reach, ...]:
-        """Give per partition which examples no log brings to the FM any more; asked before anything is changed."""
+    def _before_first(self, name: str) -> str:
+        """Give the place before the first entry that a log holds."""
+        first = self._client.xrange(name, count=1)
+        at = parse_position(first[0][0]) if first else None
+        return "0" if at is None or at.seq == 0 else Position(epoch=at.epoch, seq=at.seq - 1).entry_id
+
+    def _loss(self, fm: str) -> Loss:
+        """Give which examples no log brings to the FM any more; asked before anything is changed."""
         starts = keep_starts(self._client, self._folder, self._dataset, len(self._partitions), fm)
-        needed = first_needed(self._client, self._dataset, self._partitions, fm)
         end = Position(epoch=self.epoch, seq=0).number
         reaches = []
         for partition in self._partitions:
-            bounds = self._bounds(partition)
-            pending = None
-            if bounds is not None:
-                first = needed[partition].number if partition in needed else bounds[0]
-                pending = (first, bounds[1])
             start = starts.get(partition, Position(epoch=1, seq=0)).number
-            reaches.append(Reach(start=start, end=end, pending=pending))
-        return tuple(reaches)
+            reaches.append(Reach(start=start, end=end, pending=tuple(self._still_to_come(partition, fm))))
+        return Loss(epoch=self.epoch, reaches=tuple(reaches))
 
-    def _bounds(self, partition: int) -> tuple[int, int] | None:
-        """Give the first and last log position that the surviving examples log holds; None for an empty one."""
+    def _still_to_come(self, partition: int, fm: str) -> list[tuple[int, int]]:
+        """Give the log positions of the surviving examples log that the FM has not finished; all if it has no group."""
         name = keys.log(self._dataset, partition, EXAMPLES)
-        first = self._client.xrange(name, count=1)
-        last = self._client.xrevrange(name, count=1)
+        first, last = self._client.xrange(name, count=1), self._client.xrevrange(name, count=1)
         if not first or not last:
-            return None
-        return parse_position(first[0][0]).number, parse_position(last[0][0]).number
-
-    def _plan(self, fm: str, reaches: tuple[Reach, ...]) -> int:
-        """Write down which event days may lack supervision: those with less of it than examples."""
-        scored = self._rows_by_day(supervision_table(fm))
-        days = [
-            LostDay(day=day, num_slices=_num_slices(num_rows))
-            for day, num_rows in sorted(self._rows_by_day(EXAMPLES).items())
-            if scored.get(day, 0) < num_rows
-        ]
-        plan = read_plan(self._folder, self._dataset, fm)
-        write_plan(self._folder, self._dataset, fm, replace(plan, days=tuple(days), reaches=reaches))
-        return len(days)
-
-    def _rows_by_day(self, table: str) -> dict[dt.date, int]:
-        reader = TableReader(table_place(self._folder, self._dataset, table))
-        reader.refresh()
-        return {day: sum(file.num_rows for file in files) for day, files in reader.days.items()}
-
-
-def _num_slices(num_rows: int) -> int:
-    """Give into how many slices a day is cut: a power of two, about _SLICE_ROWS rows each."""
-    return 1 << max(0, (num_rows // _SLICE_ROWS).bit_length())
+            return []
+        bounds = parse_position(first[0][0]).number, parse_position(last[0][0]).number
+        ranges = read_ranges(self._client, self._dataset, partition, EXAMPLES, keys.group(fm), last=bounds[1])
+        return [bounds] if ranges is None else ranges

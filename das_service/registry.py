@@ -172,11 +172,15 @@ class Registry:
         raise ConflictError(f"{field} is being changed by others all the time; try again", code="busy")
 
     def copy(self) -> None:
-        """Bring the copy beside the tables up to date."""
+        """Bring the copy beside the tables up to date; its revision never goes back.
+
+        On an object store, where nothing can be locked, an older copy may land on a newer one: the next look of an API
+        (LogGuard) finds it behind the server and copies again.
+        """
         fields = {k.decode(): v.decode() for k, v in self._client.hgetall(keys.REGISTRY).items()}
-        stored = self.read_copy()
-        if int(fields.get("revision", 0)) > int(stored.get("revision", 0)):
-            self._folder.write(COPY, json.dumps(fields, indent=1, sort_keys=True).encode())
+        with self._folder.locked(COPY):  # the server is not asked in here: a new connection may look, and copy, itself
+            if int(fields.get("revision", 0)) > int(self.read_copy().get("revision", 0)):
+                self._folder.write(COPY, json.dumps(fields, indent=1, sort_keys=True).encode())
 
     def read_copy(self) -> dict[str, str]:
         """Give the fields as last copied, empty before the first."""

@@ -1,8 +1,12 @@
-"""Waiting until rows that were just taken have supervision of every required FM."""
+"""Waiting until rows that were just taken have supervision of every required FM.
+
+Because all rows are waited for, a look asks for a few of them alone, and for the next ones only when these are settled,
+scored or failed: what a long wait costs the server does not grow with its rows.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import redis
@@ -13,6 +17,7 @@ from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.supervision import FAILED
 
+ROWS_PER_LOOK = 1_000
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
 
 
@@ -62,16 +67,36 @@ async def wait_until_scored(
     *,
     timeout_seconds: float,
 ) -> bool:
-    """Give whether all rows got supervision in time. A row that its FM failed on never will."""
+    """Give whether all rows got supervision in time; it ends as soon as every row is scored or failed.
+
+    look gives which of the rows that it is handed are still not scored, and how many it found failed: such a row never
+    will be.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     delay, failed = _FIRST_DELAY_SECONDS, 0
     while awaited:
-        awaited, newly_failed = await look(awaited)
-        failed += newly_failed
+        asked, rest = first_rows(awaited, ROWS_PER_LOOK)
+        unsettled, newly_failed = await look(asked)
+        awaited, failed = [*unsettled, *rest], failed + newly_failed
+        if not unsettled:
+            continue
         left = deadline - loop.time()
-        if not awaited or left <= 0:
+        if left <= 0:
             break
         await asyncio.sleep(min(delay, left))
         delay = min(delay * 1.5, _LONGEST_DELAY_SECONDS)
     return not awaited and failed == 0
+
+
+def first_rows(awaited: Sequence[Awaited], num_rows: int) -> tuple[list[Awaited], list[Awaited]]:
+    """Give (the first num_rows rows, the others), in their order."""
+    first: list[Awaited] = []
+    left = 16 * num_rows
+    for place, item in enumerate(awaited):
+        first.append(replace(item, digests=item.digests[:left]))
+        if len(item.digests) >= left:
+            beyond = [replace(item, digests=item.digests[left:])] if len(item.digests) > left else []
+            return first, [*beyond, *awaited[place + 1 :]]
+        left -= len(item.digests)
+    return first, []

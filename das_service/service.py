@@ -1,7 +1,7 @@
 """What the API's requests share: made once at start, handed to each as request.state.service."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import anyio
@@ -11,7 +11,7 @@ from fastapi import Request
 
 from das_service.beats import instance_name
 from das_service.declarations import Declarations
-from das_service.door.auth import Tokens, load_tokens
+from das_service.door.auth import Tokens
 from das_service.door.door import Permits
 from das_service.door.validation import BodyLimits
 from das_service.folder import Folder
@@ -21,11 +21,27 @@ from das_service.redis_client import connect
 from das_service.registry import Catalog
 from das_service.settings import Settings
 from das_service.supervision.coverage import Coverage
+from das_service.tables.duck import Duck
 from das_service.watch.monitor import Monitor
 
 _SPARE_THREADS = 8
+_WAIT_THREADS = 4
+_PROBE_THREADS = 2
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threads:
+    """How many threads each kind of work may hold at once, so that none keeps another from being done."""
+
+    requests: anyio.CapacityLimiter
+    waits: anyio.CapacityLimiter
+    probes: anyio.CapacityLimiter
+
+
+async def _run(limiter: anyio.CapacityLimiter, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +63,10 @@ class Service:
     permits: Permits
     waits: Permits
     replays: Permits
+    augments: Permits
+    duck: Duck
     coverage: Coverage
-    threads: anyio.CapacityLimiter = field(repr=False)
+    threads: Threads
 
     @property
     def limits(self) -> BodyLimits:
@@ -57,22 +75,30 @@ class Service:
 
     async def in_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Give what a blocking function gives, without blocking the event loop."""
-        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self.threads)
+        return await _run(self.threads.requests, function, *args, **kwargs)
+
+    async def in_wait_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Do the same for callers that wait for scores: however many there are, others find a thread."""
+        return await _run(self.threads.waits, function, *args, **kwargs)
+
+    async def in_probe_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Do the same for probes, which must be answered whatever the service is busy with."""
+        return await _run(self.threads.probes, function, *args, **kwargs)
 
     def close(self) -> None:
         """Stop the background threads and close the connections."""
         self.monitor.stop()
         for client in (self.client, self.door, self.probe, self.ready):
             client.close()
+        self.duck.close()
 
     def current_catalog(self) -> Catalog:
         """Give the registry as it is now."""
         return self.catalog.current()
 
 
-def build_service(settings: Settings) -> Service:
-    """Give the parts of an API process; nothing is connected or started yet."""
-    metrics = Metrics("api")
+def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens) -> Service:
+    """Give the parts of an API process; whoever asks for them closes them."""
     tables = Folder(settings.tables_uri, settings.storage_options)
     probe, client = connect(settings), connect(settings)
     guard = LogGuard(probe, tables)
@@ -82,7 +108,7 @@ def build_service(settings: Settings) -> Service:
         settings=settings,
         metrics=metrics,
         tables=tables,
-        tokens=load_tokens(settings),
+        tokens=tokens,
         client=client,
         door=door,
         probe=probe,
@@ -94,12 +120,18 @@ def build_service(settings: Settings) -> Service:
         permits=Permits(settings.max_concurrent_requests),
         waits=Permits(4 * settings.max_concurrent_requests),
         replays=Permits(1),
+        augments=Permits(settings.max_concurrent_augments),
+        duck=Duck(memory_bytes=settings.duckdb_memory_bytes),
         coverage=Coverage(metrics),
-        threads=anyio.CapacityLimiter(settings.max_concurrent_requests + _SPARE_THREADS),
+        threads=Threads(
+            requests=anyio.CapacityLimiter(settings.max_concurrent_requests + _SPARE_THREADS),
+            waits=anyio.CapacityLimiter(_WAIT_THREADS),
+            probes=anyio.CapacityLimiter(_PROBE_THREADS),
+        ),
     )
 
 
-def service_of(request: Request) -> Service:
-    """Give the service that a request belongs to: a dependency of routes."""
+async def service_of(request: Request) -> Service:
+    """Give the service that a request belongs to: a dependency of routes; async, so that it takes no thread."""
     service: Service = request.state.service
     return service

@@ -41,11 +41,17 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 * MIB, ge=1024, description="Largest request body; 413 above it.")
     max_decoded_bytes: int = Field(256 * MIB, ge=1024, description="Largest request once decompressed and decoded.")
     max_rows: int = Field(100_000, ge=1, description="Most rows of one request.")
+    max_answer_bytes: int = Field(
+        256 * MIB, ge=MIB, description="Largest answer of a lookup; numbers in JSON count 16-fold; 413 above it."
+    )
     max_concurrent_requests: int = Field(16, ge=1, description="Data requests at once; 429 above it.")
     body_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for the next piece of a body.")
     max_backlog_bytes: int = Field(1024 * MIB, ge=MIB, description="Most bytes in the logs of one dataset; 429 above.")
     max_memory_ratio: float = Field(0.9, gt=0, le=1, description="Ingest stops above this share of maxmemory.")
     disk_reserve_bytes: int = Field(1024 * MIB, ge=0, description="Free bytes that ingest leaves; 507 below.")
+    max_augment_bytes: int = Field(1024 * MIB, ge=MIB, description="Largest table sent to augment; 413 above it.")
+    max_concurrent_augments: int = Field(2, ge=1, description="Tables augmented at once; 429 above it.")
+    spool_folder: Path | None = Field(None, description="Where sent tables lie meanwhile; default: the system's own.")
     log_folder: Path | None = Field(None, description="Folder of the server's AOF, where it is on this machine.")
 
     # the sink

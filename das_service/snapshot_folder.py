@@ -91,7 +91,7 @@ def _manifest_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST_FILE
     try:
         status = path.lstat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise SnapshotError([f"there is no {MANIFEST_FILE} in {folder}"]) from None
     if not stat.S_ISREG(status.st_mode):
         raise SnapshotError([f"{MANIFEST_FILE} is a link or a folder, not a file"])

@@ -3,11 +3,15 @@
 Every (re)connect reads what this consumer already holds; what is in hand here is not taken twice. A peer is dead when
 its beat stands still on our monotonic clock (das_service.beats); its entries are taken over by one script, and
 are suspect: one of them may have ended it.
+
+An entry that can't be read is counted and passed by: the sink, which meets it too before it may leave the log, keeps it
+whole in `dead_chunks` (one of a rescore log is a copy of rows that are in `examples`). One of a later format stays
+pending for a worker of that version.
 """
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +21,7 @@ from das_service.beats import Peer
 from das_service.logs.records import EXAMPLES, rescore_log
 from das_service.redis_client import run_script
 from schemas import keys
-from schemas.entries import Entry, EntryError, parse_entry, parse_position
+from schemas.entries import Entry, EntryError, NewerFormatError, parse_entry, parse_position
 
 log = logging.getLogger("das.worker")
 _CLAIM_ENTRIES = 16
@@ -40,12 +44,25 @@ class Delivery:
 
 
 class Intake:
-    """Reads one FM's entries as one consumer. The reader thread owns it; `finished` may be called from another."""
+    """Reads one FM's entries as one consumer. The reader thread owns it; `finished` may be called from another.
+
+    count_unreadable is called for each entry that is passed by because it can't be read.
+    """
 
     def __init__(
-        self, client: redis.Redis, *, dataset: str, fm: str, partitions: int, consumer: str, batch_rows: int
+        self,
+        client: redis.Redis,
+        *,
+        dataset: str,
+        fm: str,
+        partitions: int,
+        consumer: str,
+        batch_rows: int,
+        count_unreadable: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
+        self._count_unreadable = count_unreadable
+        self._unreadable: set[tuple[str, str]] = set()
         self._group = keys.group(fm)
         self._consumer = consumer
         self._batch_rows = batch_rows
@@ -71,10 +88,9 @@ class Intake:
             self._in_hand.difference_update(delivery.key for delivery in deliveries)
 
     def pass_by(self, delivery: Delivery) -> None:
-        """Let go for good of an entry that nobody can read; the sink keeps its bytes in `dead_chunks`."""
-        for stream, key in self._streams.items():
-            if key == (delivery.partition, delivery.kind):
-                self._client.xack(stream, self._group, delivery.entry.position.entry_id)
+        """Let go for good of an entry that can't be read; the next read says so to the server."""
+        stream = next(name for name, key in self._streams.items() if key == (delivery.partition, delivery.kind))
+        self._unreadable.add((stream, delivery.entry.position.entry_id))
         self.finished([delivery])
 
     def read(self, *, block_ms: int) -> list[Delivery]:
@@ -83,6 +99,7 @@ class Intake:
         Raises:
             redis.exceptions.ConnectionError: The server is gone; call recheck() before the next read.
         """
+        self._pass_by_unreadable()
         if self._recheck.is_set():
             self._recheck.clear()
             self._own_from = dict.fromkeys(self._streams, "0")
@@ -100,17 +117,30 @@ class Intake:
         pipeline = self._client.pipeline(transaction=False)
         for stream in self._streams:
             pipeline.xinfo_consumers(stream, self._group)
-        taken = []
+        taken: list[Delivery] = []
         for stream, consumers in zip(self._streams, pipeline.execute(), strict=True):
             for consumer in [record["name"].decode() for record in consumers]:
                 peer = peers.get(consumer)
                 is_dead = trust_absence if peer is None else not peer.alive
                 if consumer != self._consumer and is_dead:
-                    arguments = [self._group, consumer, self._consumer, _CLAIM_ENTRIES]
-                    reply = run_script(self._client, "claim", [stream], arguments)
-                    pairs = [(entry_id, _pairs(fields)) for entry_id, fields in reply]
-                    taken += self._deliveries(stream, pairs, suspect=True)
+                    taken += self._claim(stream, consumer, holding=taken)
         return taken
+
+    def _claim(self, stream: str, dead: str, *, holding: Sequence[Delivery]) -> list[Delivery]:
+        """Give what a dead consumer had of a stream; let go of what is held already if the server goes away."""
+        try:
+            reply = run_script(self._client, "claim", [stream], [self._group, dead, self._consumer, _CLAIM_ENTRIES])
+        except redis.exceptions.RedisError:
+            self.finished(holding)
+            raise
+        return self._deliveries(stream, [(entry_id, _pairs(fields)) for entry_id, fields in reply], suspect=True)
+
+    def _pass_by_unreadable(self) -> None:
+        """Acknowledge what can't be read, before anything new is in hand."""
+        for stream, entry_id in sorted(self._unreadable):
+            if self._client.xack(stream, self._group, entry_id):
+                self._count_unreadable()
+        self._unreadable.clear()
 
     def _read(self, positions: Mapping[str, str], *, block_ms: int | None) -> list[Delivery]:
         count = int(self._batch_rows / max(self._rows_per_entry, 1.0) / max(len(positions) / 2, 1))
@@ -147,9 +177,12 @@ class Intake:
                     continue
             try:
                 entry = parse_entry(entry_id, fields or {})
+            except NewerFormatError as error:
+                log.warning("%s: %s", stream, error)
+                continue
             except EntryError:
-                log.exception("entry %s of %s can't be read and is passed over", entry_id, stream)
-                self._client.xack(stream, self._group, entry_id)
+                log.exception("entry %s of %s can't be read and is passed by", entry_id.decode(), stream)
+                self._unreadable.add((stream, entry_id.decode()))
                 continue
             with self._lock:
                 self._in_hand.add(key)

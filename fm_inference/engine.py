@@ -29,6 +29,7 @@ from schemas.codecs import FLOAT16_MAX, encode
 from schemas.snapshot import MODEL_FILE, Manifest, VocabularyEncode
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+MACHINE_ERRORS = (OSError, MemoryError, torch.OutOfMemoryError)  # these say nothing about a model
 _Tensors = dict[str, torch.Tensor]
 
 
@@ -203,6 +204,7 @@ def load_engine(folder: Path, manifest: Manifest, *, device: str = "auto", bf16:
 
     Raises:
         SnapshotError: The model or a vocabulary cannot be used, with every reason.
+        OSError, MemoryError, torch.OutOfMemoryError: The machine could not; another time it may.
     """
     check_archive(folder / MODEL_FILE)
     vocabularies = read_vocabularies(folder, manifest)
@@ -212,7 +214,7 @@ def load_engine(folder: Path, manifest: Manifest, *, device: str = "auto", bf16:
             program = torch.export.load(str(folder / MODEL_FILE))
         engine = TorchEngine(program, manifest, vocabularies, device=choose_device(device), bf16=bf16)
         engine.warm_up()
-    except SnapshotError:
+    except (SnapshotError, *MACHINE_ERRORS):
         raise
     except ModelOutputError as error:
         raise SnapshotError(error.reasons) from error

@@ -18,9 +18,11 @@ import redis
 from numpy.typing import NDArray
 
 from das_service.beats import Peer
+from das_service.errors import UnavailableError
 from das_service.folder import Folder
 from das_service.logs.streams import check_logs
 from das_service.redis_client import UNREACHABLE, connect, run_script
+from das_service.registry import Registry
 from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake
 from fm_inference.engine import Prepared, Scored, TorchEngine
@@ -66,6 +68,21 @@ class LaneStoppedError(Exception):
     """The role is stopping; what is in hand stays pending and is taken over."""
 
 
+def refusal(client: redis.Redis, tables: Folder, dataset: str) -> str:
+    """Give why nothing may be read from this server, or published to it, in words; '' if all is well.
+
+    A server that came back with less than lies beside the tables has lost entries, or the numbers of snapshots.
+    """
+    try:
+        Registry(client, tables).check()
+        problems = check_logs(client, tables, dataset)
+    except UnavailableError as error:
+        return error.detail
+    except (OSError, ValueError, KeyError) as error:
+        return f"the tables' folder can't be read ({error!r})"
+    return f"log {problems[0].log}: {problems[0].detail}; run `das recover`" if problems else ""
+
+
 class Lane:
     """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker."""
 
@@ -85,20 +102,16 @@ class Lane:
         self._intake = Intake(
             self._reads, dataset=dataset, fm=fm, partitions=partitions, consumer=context.instance,
             batch_rows=context.settings.batch_rows,
+            count_unreadable=context.metrics.unreadable_entries.labels(dataset, fm).inc,
         )  # fmt: skip
         self._queue: queue.Queue[_Work] = queue.Queue(maxsize=1)
         self._stages = context.metrics.stage_seconds
-        self._retired = threading.Event()
         self._looked_at = 0.0
 
     @property
     def name(self) -> str:
         """Names the lane in beats and messages."""
         return f"{self.dataset}/{self.fm}"
-
-    def retire(self) -> None:
-        """End the lane's threads: its FM is gone."""
-        self._retired.set()
 
     def resume(self) -> None:
         """Go on after a halt: the logs agree with the tables again."""
@@ -107,7 +120,7 @@ class Lane:
 
     def is_stopping(self) -> bool:
         """Give whether to take no more work."""
-        return self._context.stopping.is_set() or self._retired.is_set()
+        return self._context.stopping.is_set()
 
     def _check_logs(self) -> None:
         """Compare the server with the tables before a new connection is used: it may have come back with less.
@@ -115,9 +128,9 @@ class Lane:
         Raises:
             redis.exceptions.ConnectionError: It has; nothing is read or published until `das recover` was run.
         """
-        problems = check_logs(self._guard, self._tables, self.dataset)
-        if problems:
-            self.halted = f"log {problems[0].log}: {problems[0].detail}; run `das recover`"
+        problem = refusal(self._guard, self._tables, self.dataset)
+        if problem:
+            self.halted = problem
             raise redis.exceptions.ConnectionError(self.halted)
 
     # ---- reader thread
@@ -147,8 +160,8 @@ class Lane:
             return
         self._looked_at = time.monotonic()
         peers = self.peers
-        for delivery in self._intake.take_over(peers.by_instance, trust_absence=peers.trust_absence):
-            self._hand_over(loaded, [delivery], suspect=True)
+        taken = self._intake.take_over(peers.by_instance, trust_absence=peers.trust_absence)
+        self._hand_over_singly(loaded, taken)
 
     def _hand_over(self, loaded: Loaded, deliveries: Sequence[Delivery], *, suspect: bool) -> None:
         try:
@@ -182,8 +195,13 @@ class Lane:
         self._put(_Work(loaded=loaded, rows=rows, prepared=prepared))
 
     def _hand_over_singly(self, loaded: Loaded, deliveries: Sequence[Delivery]) -> None:
-        for delivery in deliveries:
-            self._hand_over(loaded, [delivery], suspect=True)
+        """Hand entries over one by one, to be tried; what is not handed over is let go, to be read again."""
+        for i, delivery in enumerate(deliveries):
+            try:
+                self._hand_over(loaded, [delivery], suspect=True)
+            except redis.exceptions.RedisError:
+                self._intake.finished(deliveries[i + 1 :])
+                raise
 
     def _put(self, work: _Work) -> None:
         while not self.is_stopping():
@@ -258,9 +276,9 @@ class Lane:
         return scored
 
     def _score_suspect(self, work: _Work) -> None:
-        """Try one entry range by range, writing each down before its forward; then score what is left and publish."""
+        """Try one entry range by range, writing each down before its forward; then publish."""
         (delivery,) = work.rows.deliveries
-        key = keys.attempts(self.dataset, delivery.partition, self.fm)
+        key = keys.attempts(self.dataset, delivery.partition, self.fm, delivery.kind)
         entry_id = delivery.entry.position.entry_id
         loaded, columns = work.loaded, work.rows.columns
         attempt = resume_attempt(self._patiently(lambda: self._client.hget(key, entry_id)), columns.num_rows)
@@ -285,10 +303,8 @@ class Lane:
             ),
             forward=forward,
         )
-        tried = np.concatenate([rows for rows, _ in done] or [np.zeros(0, np.int64)])
-        left = np.array([r for r in np.setdiff1d(work.rows.wanted, tried) if int(r) not in failed], np.int64)
-        if len(left) or not done:  # ranges that an earlier process found good
-            done.append((left, self._forward(loaded, loaded.engine.prepare(columns.take(left)))))
+        if not done:  # no row is left to score: the outputs of none
+            forward(np.zeros(0, np.int64))
         rows, scored = _joined(done)
         if failed:
             log.error("%s: %d rows of entry %s go to the dead letters", self.name, len(failed), entry_id)
@@ -302,6 +318,8 @@ class Lane:
         for outcome, result in zip(outcomes, results, strict=True):
             if result is Published.DONE:
                 self.rows_scored += len(outcome.scored_rows)
+                if outcome.delivery.entry.trace:
+                    log.debug("%s: %s, trace %s", self.name, outcome.delivery.key, outcome.delivery.entry.trace_id)
                 continue
             self._context.metrics.wasted_rows.labels(self.dataset, self.fm).inc(len(outcome.scored_rows))
             if result in {Published.LOST, Published.OTHER_EPOCH}:
@@ -312,15 +330,18 @@ class Lane:
             self._context.stopping.wait(_RETRY_SECONDS)
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
-        """Give what a call to the server gives, however often the server goes away meanwhile.
+        """Give what a call to the server gives, however often the server can't answer meanwhile.
 
         Raises:
             LaneStoppedError: The role stops and the server is away.
+            redis.exceptions.ResponseError: The server refuses the call for good.
         """
         while True:
             try:
                 return call()
-            except UNREACHABLE as error:
+            except redis.exceptions.RedisError as error:
+                if not _is_passing(error):
+                    raise
                 if self.is_stopping():
                     raise LaneStoppedError from error
                 log.warning("%s: the server can't be reached (%s); trying again", self.name, error)
@@ -332,6 +353,12 @@ class Lane:
         start = time.perf_counter()
         yield
         self._stages.labels("worker", stage).observe(time.perf_counter() - start)
+
+
+def _is_passing(error: redis.exceptions.RedisError) -> bool:
+    """Give whether a server is away, busy with somebody's script, a replica for a moment, or can't write its log."""
+    is_away = isinstance(error, (*UNREACHABLE, redis.exceptions.ReadOnlyError))
+    return is_away or str(error).startswith(("BUSY ", "MISCONF "))
 
 
 def _part(scored: Scored, first: int, last: int) -> Scored:

@@ -7,7 +7,7 @@ held against the rows.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -21,7 +21,10 @@ ENDED_THE_PROCESS = "the model ended the process on this row"
 
 @dataclass(slots=True)
 class Attempt:
-    """How far the trial of one entry is. todo: ranges not known to be good; trying: the one a forward is running on."""
+    """How far the trial of one entry is. todo: ranges still to be tried; trying: the one that a forward is running on.
+
+    A process tries every row itself: ranges that another found good before it died come last.
+    """
 
     todo: list[Range]
     trying: Range | None = None
@@ -41,8 +44,9 @@ def resume_attempt(text: bytes | None, num_rows: int) -> Attempt:
     attempt = Attempt(
         todo=[(lo, hi) for lo, hi in record["todo"]], killers=list(record["killers"]), accused=list(record["accused"])
     )
-    if record["trying"] is not None:
-        lo, hi = record["trying"]
+    trying: list[Range] = [] if record["trying"] is None else [tuple(record["trying"])]
+    good = _others([*attempt.todo, *trying], num_rows)
+    for lo, hi in trying:
         if hi - lo == 1 and lo in attempt.accused:
             attempt.killers.append(lo)
         elif hi - lo == 1:  # it may have been another's SIGKILL: a row is held to blame for the second death
@@ -50,7 +54,14 @@ def resume_attempt(text: bytes | None, num_rows: int) -> Attempt:
             attempt.todo.insert(0, (lo, hi))
         else:
             attempt.todo = split(lo, hi) + attempt.todo
+    attempt.todo += good  # their outputs died with the process, and they may yet kill this one
     return attempt
+
+
+def _others(ranges: Sequence[Range], num_rows: int) -> list[Range]:
+    """Give the ranges of [0, num_rows) that lie between these."""
+    edges = [(0, 0), *sorted(ranges), (num_rows, num_rows)]
+    return [(hi, lo) for (_, hi), (lo, _) in pairwise(edges) if hi < lo]
 
 
 def split(lo: int, hi: int) -> list[Range]:
@@ -75,7 +86,7 @@ def try_rows(
     note: Callable[[Attempt], None],
     forward: Callable[[NDArray[np.int64]], None],
 ) -> dict[int, str]:
-    """Find the rows of an entry that the model fails on; give row -> reason.
+    """Find the rows of an entry that the model fails on; give row -> reason. Every other wanted row was in a forward.
 
     wanted: rows to score, ascending. note stores the attempt before each forward; forward raises what the model raises,
     RowsFailedError where it is known which rows are at fault.

@@ -86,8 +86,8 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
     dataset, fm, partition = publisher.dataset, publisher.fm, outcome.delivery.partition
     failed_rows = np.array(sorted(outcome.failed), np.int64)
     scored, failed = _take(outcome.columns, outcome.scored_rows), _take(outcome.columns, failed_rows)
-    scored_head, scored_data = _scored_chunk(publisher, scored, outcome.scored, scored_at_us)
-    dead_head, dead_data = _dead_chunk(publisher, failed, [outcome.failed[int(i)] for i in failed_rows], scored_at_us)
+    scored_head, scored_data = _scored_chunk(publisher, scored, outcome, scored_at_us)
+    dead_head, dead_data = _dead_chunk(publisher, failed, outcome, scored_at_us)
     layout = publisher.layout
     values = pack_values(
         layout,
@@ -117,15 +117,15 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
         keys.log(dataset, partition, dead_log(fm)),
         keys.counters(dataset, partition),
         keys.generation(dataset, partition, fm),
-        keys.attempts(dataset, partition, fm),
+        keys.attempts(dataset, partition, fm, outcome.delivery.kind),
     ]
     return ScriptCall(script("publish"), names, arguments)
 
 
 def _scored_chunk(
-    publisher: Publisher, columns: pa.Table, scored: Scored, scored_at_us: int
+    publisher: Publisher, columns: pa.Table, outcome: Outcome, scored_at_us: int
 ) -> tuple[list[bytes | str], bytes]:
-    schema = scored_schema(publisher.outputs)
+    schema, scored = scored_schema(publisher.outputs), outcome.scored
     arrays: list[Any] = [_one(columns, name) for name in ("example_id", "example_digest", "event_time")]
     arrays += [pa.array(scored.logits[task], pa.float32()) for task in publisher.outputs.tasks]
     for name, width in publisher.outputs.widths().items():
@@ -137,19 +137,26 @@ def _scored_chunk(
         "snapshot_id": publisher.snapshot_id,
         "trained_through": publisher.trained_through_us,
         "scored_at": scored_at_us,
+        **outcome.delivery.entry.trace,
     }
     return head_fields(schema, num_rows=batch.num_rows, num_features=0, meta=meta), encode_batch(batch)
 
 
 def _dead_chunk(
-    publisher: Publisher, columns: pa.Table, reasons: Sequence[str], failed_at_us: int
+    publisher: Publisher, columns: pa.Table, outcome: Outcome, failed_at_us: int
 ) -> tuple[list[bytes | str], bytes]:
     schema = dead_schema()
-    if not reasons:
+    if not outcome.failed:
         return [], b""
+    reasons = [outcome.failed[row] for row in sorted(outcome.failed)]
     arrays = [_one(columns, name) for name in ("example_id", "example_digest", "event_time")]
     batch = pa.RecordBatch.from_arrays([*arrays, pa.array(reasons, pa.string())], schema=schema)
-    meta = {"fm": publisher.fm, "snapshot_id": publisher.snapshot_id, "failed_at": failed_at_us}
+    meta = {
+        "fm": publisher.fm,
+        "snapshot_id": publisher.snapshot_id,
+        "failed_at": failed_at_us,
+        **outcome.delivery.entry.trace,
+    }
     return head_fields(schema, num_rows=batch.num_rows, num_features=0, meta=meta), encode_batch(batch)
 
 

@@ -1,6 +1,13 @@
-"""Takes registered snapshots from `validating` to `validated` or `rejected`, one at a time, beside the scoring."""
+"""Takes registered snapshots from `validating` to `validated` or `rejected`, one at a time, beside the scoring.
+
+Only what is wrong with a snapshot itself rejects it. Where the store, the disk or the memory fails, the snapshot stays
+`validating`, its reasons say why, and it is tried again, by whichever worker comes first.
+"""
 
 import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from das_service.beats import Peer
@@ -14,14 +21,43 @@ from das_service.registry import (
 )
 from das_service.snapshot_folder import SnapshotError, read_manifest
 from fm_inference.repository import Repository
-from fm_inference.validate import validate_snapshot
+from fm_inference.validate import NoVerdictError, validate_snapshot
 from schemas.snapshot import OutputColumns
 
 log = logging.getLogger("das.worker")
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+NOT_YET = "not judged yet, and tried again: "
+_Key = tuple[str, str, str]
 
 
 class _NotMineError(Exception):
     """Another worker validates it, or somebody has already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Who validates, and how it runs models. is_stopping: whether to give up; clock: monotonic seconds."""
+
+    instance: str
+    device: str
+    bf16: bool
+    is_stopping: Callable[[], bool]
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pause:
+    seconds: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """A verdict: no reasons, and what the manifest says, for a good snapshot."""
+
+    reasons: list[str]
+    outputs: OutputColumns | None = None
+    trained_through: datetime | None = None
 
 
 def waiting_snapshots(catalog: Catalog) -> list[tuple[str, str, SnapshotRecord]]:
@@ -31,96 +67,119 @@ def waiting_snapshots(catalog: Catalog) -> list[tuple[str, str, SnapshotRecord]]
         for dataset, fms in catalog.snapshots.items()
         for fm, records in fms.items()
         for record in records.values()
-        if record.state == "validating" and fm in catalog.fms.get(dataset, {})
+        if record.state == "validating" and dataset in catalog.datasets and fm in catalog.fms.get(dataset, {})
     ]
     return sorted(waiting, key=lambda item: item[2].registered_at)
 
 
-def validate_next(
-    registry: Registry,
-    repository: Repository,
-    catalog: Catalog,
-    *,
-    instance: str,
-    peers: dict[str, Peer],
-    device: str,
-) -> bool:
-    """Validate the oldest waiting snapshot that no living worker is at; give whether there was one."""
-    for dataset, fm, record in waiting_snapshots(catalog):
+class Validator:
+    """Validates for one worker; one thread."""
+
+    def __init__(self, registry: Registry, repository: Repository, machine: Machine) -> None:
+        self._registry = registry
+        self._repository = repository
+        self._machine = machine
+        self._pauses: dict[_Key, _Pause] = {}
+
+    def validate_next(self, catalog: Catalog, peers: Mapping[str, Peer]) -> bool:
+        """Try the oldest waiting snapshot that is due and that no living worker is at; give whether there was one."""
+        waiting = waiting_snapshots(catalog)
+        keys = {(dataset, fm, record.snapshot_id) for dataset, fm, record in waiting}
+        self._pauses = {key: pause for key, pause in self._pauses.items() if key in keys}
+        for dataset, fm, record in waiting:
+            pause = self._pauses.get((dataset, fm, record.snapshot_id))
+            is_due = pause is None or self._machine.clock() >= pause.until
+            if is_due and not self._is_taken(record, peers):
+                try:
+                    self._validate(catalog, dataset, fm, record)
+                except _NotMineError:
+                    continue
+                return True
+        return False
+
+    def _is_taken(self, record: SnapshotRecord, peers: Mapping[str, Peer]) -> bool:
         other = peers.get(record.validator or "")
-        if record.validator not in {None, instance} and other is not None and other.alive:
-            continue
-        try:
-            taken = _take(registry, dataset, fm, record, instance)
-        except _NotMineError:
-            continue
+        return record.validator not in {None, self._machine.instance} and other is not None and other.alive
+
+    def _validate(self, catalog: Catalog, dataset: str, fm: str, record: SnapshotRecord) -> None:
+        key = (dataset, fm, record.snapshot_id)
+        taken = self._take(key, record)
         log.info("validating snapshot %s of %s/%s", record.snapshot_id, dataset, fm)
-        reasons, outputs, trained_through = _check(repository, catalog, dataset, fm, taken, device)
-        if not reasons and outputs is not None:
-            reasons = _fix_outputs(registry, dataset, fm, outputs)
-        _settle(registry, dataset, fm, record.snapshot_id, reasons, trained_through)
-        return True
-    return False
+        try:
+            judged = self._judge(catalog, dataset, fm, taken)
+        except (OSError, NoVerdictError) as error:
+            self._put_off(key, error)
+            return
+        if not judged.reasons and judged.outputs is not None:
+            judged = self._with_outputs(dataset, fm, judged, judged.outputs)
+        self._settle(key, judged)
+        self._pauses.pop(key, None)
 
+    def _take(self, key: _Key, seen: SnapshotRecord) -> SnapshotRecord:
+        def update(stored: SnapshotRecord | None) -> SnapshotRecord:
+            mine = {seen.validator, self._machine.instance}
+            if stored is None or stored.state != "validating" or stored.validator not in mine:
+                raise _NotMineError
+            return stored.model_copy(update={"validator": self._machine.instance})
 
-def _take(registry: Registry, dataset: str, fm: str, seen: SnapshotRecord, instance: str) -> SnapshotRecord:
-    def update(stored: SnapshotRecord | None) -> SnapshotRecord:
-        if stored is None or stored.state != "validating" or stored.validator not in {seen.validator, instance}:
-            raise _NotMineError
-        return stored.model_copy(update={"validator": instance})
+        return self._registry.change(snapshot_field(*key), SnapshotRecord, update)
 
-    return registry.change(snapshot_field(dataset, fm, seen.snapshot_id), SnapshotRecord, update)
+    def _judge(self, catalog: Catalog, dataset: str, fm: str, record: SnapshotRecord) -> _Judged:
+        sha256 = record.sha256.removeprefix("sha256:")
+        try:
+            with self._repository.borrowed(record) as folder:
+                reasons = validate_snapshot(
+                    folder,
+                    catalog.spec(dataset),
+                    fm=fm,
+                    snapshot_id=record.snapshot_id,
+                    sha256=sha256,
+                    fixed_outputs=catalog.fm(dataset, fm).outputs,
+                    device=self._machine.device,
+                    bf16=self._machine.bf16,
+                    is_stopping=self._machine.is_stopping,
+                )
+                if reasons:
+                    return _Judged(reasons=reasons)
+                manifest = read_manifest(folder, sha256=sha256)
+        except SnapshotError as error:
+            return _Judged(reasons=error.reasons)
+        return _Judged(reasons=[], outputs=manifest.outputs.columns(), trained_through=manifest.trained_through)
 
+    def _with_outputs(self, dataset: str, fm: str, judged: _Judged, outputs: OutputColumns) -> _Judged:
+        """Fix the FM's outputs at its first validated snapshot; give reasons if another one fixed others meanwhile."""
 
-def _check(
-    repository: Repository, catalog: Catalog, dataset: str, fm: str, record: SnapshotRecord, device: str
-) -> tuple[list[str], OutputColumns | None, datetime | None]:
-    sha256 = record.sha256.removeprefix("sha256:")
-    try:
-        folder = repository.folder(record)
-        reasons = validate_snapshot(
-            folder,
-            catalog.spec(dataset),
-            fm=fm,
-            snapshot_id=record.snapshot_id,
-            sha256=sha256,
-            fixed_outputs=catalog.fm(dataset, fm).outputs,
-            device=device,
-        )
-        if reasons:
-            return reasons, None, None
-        manifest = read_manifest(folder, sha256=sha256)
-    except (SnapshotError, OSError) as error:
-        return (error.reasons if isinstance(error, SnapshotError) else [str(error)]), None, None
-    return [], manifest.outputs.columns(), manifest.trained_through
+        def update(stored: FmRecord | None) -> FmRecord:
+            if stored is None:
+                raise _NotMineError
+            return stored if stored.outputs is not None else stored.model_copy(update={"outputs": outputs})
 
+        fixed = self._registry.change(fm_field(dataset, fm), FmRecord, update).outputs
+        if fixed == outputs:
+            return judged
+        return _Judged(reasons=[f"the FM's outputs are fixed ({fixed}); other outputs are another FM"])
 
-def _fix_outputs(registry: Registry, dataset: str, fm: str, outputs: OutputColumns) -> list[str]:
-    """Fix the FM's outputs at its first validated snapshot; give reasons if another one fixed others meanwhile."""
+    def _settle(self, key: _Key, judged: _Judged) -> None:
+        state = "rejected" if judged.reasons else "validated"
+        change = {"state": state, "reasons": tuple(judged.reasons), "trained_through": judged.trained_through}
+        self._change(key, change)
+        if judged.reasons:
+            log.warning("snapshot %s of %s/%s is rejected: %s", key[2], *key[:2], "; ".join(judged.reasons))
+        else:
+            log.info("snapshot %s of %s/%s is validated", key[2], *key[:2])
 
-    def update(stored: FmRecord | None) -> FmRecord:
-        if stored is None:
-            raise _NotMineError
-        return stored if stored.outputs is not None else stored.model_copy(update={"outputs": outputs})
+    def _put_off(self, key: _Key, error: Exception) -> None:
+        """Let the snapshot go, say why, and let this worker come back to it after a pause."""
+        before = self._pauses.get(key)
+        seconds = _FIRST_PAUSE_SECONDS if before is None else min(2 * before.seconds, _LONGEST_PAUSE_SECONDS)
+        self._pauses[key] = _Pause(seconds=seconds, until=self._machine.clock() + seconds)
+        log.warning("snapshot %s of %s/%s is tried again in %.0f s: %s", key[2], *key[:2], seconds, error)
+        self._change(key, {"validator": None, "reasons": (f"{NOT_YET}{error}",)})
 
-    fixed = registry.change(fm_field(dataset, fm), FmRecord, update).outputs
-    return [] if fixed == outputs else [f"the FM's outputs are fixed ({fixed}); other outputs are another FM"]
+    def _change(self, key: _Key, change: Mapping[str, object]) -> None:
+        def update(stored: SnapshotRecord | None) -> SnapshotRecord:
+            if stored is None:
+                raise _NotMineError
+            return stored if stored.state != "validating" else stored.model_copy(update=dict(change))
 
-
-def _settle(
-    registry: Registry, dataset: str, fm: str, snapshot_id: str, reasons: list[str], trained_through: datetime | None
-) -> None:
-    def update(stored: SnapshotRecord | None) -> SnapshotRecord:
-        if stored is None:
-            raise _NotMineError
-        if stored.state != "validating":
-            return stored
-        state = "rejected" if reasons else "validated"
-        change = {"state": state, "reasons": tuple(reasons), "trained_through": trained_through}
-        return stored.model_copy(update=change)
-
-    registry.change(snapshot_field(dataset, fm, snapshot_id), SnapshotRecord, update)
-    if reasons:
-        log.warning("snapshot %s of %s/%s is rejected: %s", snapshot_id, dataset, fm, "; ".join(reasons))
-    else:
-        log.info("snapshot %s of %s/%s is validated", snapshot_id, dataset, fm)
+        self._registry.change(snapshot_field(*key), SnapshotRecord, update)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from das_service.snapshot_folder import SnapshotError, check_files, read_manifest
-from fm_inference.engine import TorchEngine, load_engine, read_vocabularies
+from fm_inference.engine import MACHINE_ERRORS, TorchEngine, load_engine, read_vocabularies
 from fm_inference.features import FeatureError
 from fm_inference.golden import Answers, differences, read_golden
 from fm_inference.outputs import ModelOutputError, first_line
@@ -40,6 +40,7 @@ def snapshot_reasons(
 
     Raises:
         SnapshotError: The manifest, the model or the golden rows cannot be read at all, with the reasons.
+        OSError, MemoryError, torch.OutOfMemoryError: The machine or the store failed; another time it may not.
     """
     manifest = read_manifest(folder, sha256=sha256)
     reasons = _name_reasons(manifest, fm, snapshot_id) + fit_reasons(manifest.inputs, manifest.outputs, spec)
@@ -119,6 +120,8 @@ def _answers(engine: TorchEngine, rows: pa.Table) -> tuple[list[str], Answers | 
         return [f"on {rows.num_rows} rows: {reason}" for reason in error.reasons], None
     except FeatureError as error:
         return [f"on {rows.num_rows} rows: {error}"], None
+    except MACHINE_ERRORS:
+        raise
     except Exception as error:  # noqa: BLE001 - a model may raise anything, and that is its team's to know
         return [f"the model fails on {rows.num_rows} rows: {first_line(error)}"], None
     logits = {task: logit_B.cpu().numpy() for task, logit_B in outputs.logits.items()}

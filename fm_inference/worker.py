@@ -10,21 +10,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import redis
+
 from das_service.beats import Observer, instance_name
 from das_service.errors import DasError
 from das_service.folder import Folder
 from das_service.logs.records import read_logs_file
-from das_service.logs.streams import LogProblem, check_logs
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE, connect, has_msetex
-from das_service.registry import Catalog, FmRecord, Registry, read_catalog, read_revision
+from das_service.registry import Catalog, FmRecord, Registry, SnapshotRecord, read_catalog, read_revision
 from das_service.role import RoleContext, run_role
 from das_service.settings import Settings
 from das_service.snapshot_folder import SnapshotError
-from fm_inference.lane import Lane, Loaded, Peers
+from fm_inference.engine import MACHINE_ERRORS, TorchEngine
+from fm_inference.lane import Lane, Loaded, Peers, refusal
 from fm_inference.publishing import Publisher, microseconds
 from fm_inference.repository import Repository
-from fm_inference.validator import validate_next
+from fm_inference.validator import Machine, Validator
 
 log = logging.getLogger("das.worker")
 _POLL_SECONDS = 0.2
@@ -40,7 +42,12 @@ class Worker:
         self._context = context
         self._tables = Folder(settings.tables_uri, settings.storage_options)
         self._repository = Repository(Folder(settings.snapshots_uri, settings.storage_options))
-        self._registry = Registry(connect(settings), self._tables)
+        machine = Machine(
+            instance=context.instance, device=settings.device, bf16=settings.bf16, is_stopping=context.stopping.is_set
+        )
+        probe = Registry(connect(settings), self._tables)
+        registry = Registry(connect(settings, on_connect=probe.check), self._tables)
+        self._validator = Validator(registry, self._repository, machine)
         self._observer = Observer(dead_after_seconds=settings.dead_after_seconds)
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._failures: dict[tuple[str, str], tuple[float, str]] = {}
@@ -48,13 +55,15 @@ class Worker:
         self._catalog: Catalog | None = None
         self._away = ""
         self._started_at = time.monotonic()
-        self._died = threading.Event()
+        self._dead: list[str] = []
+        self._has_msetex: bool | None = None
 
     # ---- what others see
 
     def problems(self) -> list[str]:
         """Give what keeps this worker from scoring, in plain words."""
-        found = [self._away] if self._away else []
+        found = [f"thread {name} died; the process ends" for name in self._dead]
+        found += [self._away] if self._away else []
         found += [f"{lane.name}: {lane.halted}" for lane in list(self._lanes.values()) if lane.halted]
         found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in list(self._failures.items())]
         return found
@@ -75,7 +84,11 @@ class Worker:
     # ---- manager thread
 
     def manage_until_stopped(self) -> None:
-        """Follow the registry: start lanes, load engines, lift halts; watch the peers."""
+        """Follow the registry: start lanes, load engines, lift halts; watch the peers.
+
+        Raises:
+            RuntimeError: A lane's thread died.
+        """
         looked_at = 0.0
         while not self._context.stopping.is_set():
             try:
@@ -86,13 +99,15 @@ class Worker:
                 self._away = ""
             except UNREACHABLE as error:
                 self._away = f"the server can't be reached ({error})"
+            except (redis.exceptions.ResponseError, OSError) as error:
+                self._away = f"the server or the tables' folder can't be used ({error})"
             except DasError as error:
                 self._away = error.detail
-            if self._died.is_set():
-                raise RuntimeError("a lane's thread died")
             self._context.stopping.wait(_POLL_SECONDS)
         self._join_lanes()
         self._repository.close()
+        if self._dead:
+            raise RuntimeError(f"thread {self._dead[0]} died")
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -101,19 +116,35 @@ class Worker:
         self._peers = Peers(by_instance=by_instance, trust_absence=watched_enough)
         for lane in self._lanes.values():
             lane.peers = self._peers
-            if lane.halted:
-                self._lift_halt(lane)
+        if any(lane.halted for lane in self._lanes.values()):
+            self._catalog = read_catalog(self._context.client)
+            for lane in self._lanes.values():
+                self._lift_halt(self._catalog, lane)
+        if self._catalog is not None:
+            self._repository.keep(self._at_work(self._catalog))
 
-    def _lift_halt(self, lane: Lane) -> None:
-        problems: list[LogProblem] = check_logs(self._context.client, self._tables, lane.dataset)
-        if not problems and self._catalog is not None:
-            self._load(self._catalog, lane.dataset, self._catalog.fm(lane.dataset, lane.fm), again=True)
-            lane.resume()
+    def _lift_halt(self, catalog: Catalog, lane: Lane) -> None:
+        if not lane.halted or refusal(self._context.client, self._tables, lane.dataset):
+            return
+        self._load(catalog, lane.dataset, catalog.fm(lane.dataset, lane.fm), again=True)
+        lane.resume()
+
+    def _at_work(self, catalog: Catalog) -> list[SnapshotRecord]:
+        """Give the snapshots that score, or that shall."""
+        found = []
+        for (dataset, fm), lane in self._lanes.items():
+            active = catalog.fms.get(dataset, {}).get(fm)
+            wanted = {active.active if active else None, lane.loaded.publisher.snapshot_id if lane.loaded else None}
+            records = catalog.snapshots.get(dataset, {}).get(fm, {})
+            found += [records[snapshot_id] for snapshot_id in wanted if snapshot_id in records]
+        return found
 
     def _follow(self) -> None:
         if self._catalog is None or read_revision(self._context.client) != self._catalog.revision:
             self._catalog = read_catalog(self._context.client)
         for dataset, record in self._catalog.iter_fms():
+            if dataset not in self._catalog.datasets:  # others must not wait for it
+                continue
             if (dataset, record.fm) not in self._lanes:
                 self._start_lane(self._catalog, dataset, record.fm)
             self._load(self._catalog, dataset, record, again=False)
@@ -128,16 +159,20 @@ class Worker:
             thread.start()
 
     def _guard(self, lane: Lane, target: Callable[[], None]) -> None:
+        """Run a lane's thread; its end ends the process, also while the manager is loading a model for minutes."""
         try:
             target()
         except BaseException:
             log.exception("%s: a thread died", lane.name)
-            self._died.set()
+            self._dead.append(threading.current_thread().name)
+        finally:
+            self._context.stopping.set()
 
     def _join_lanes(self) -> None:
+        deadline = time.monotonic() + self._context.settings.drain_seconds
         for lane in self._lanes.values():
             for thread in lane.threads:
-                thread.join()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _load(self, catalog: Catalog, dataset: str, record: FmRecord, *, again: bool) -> None:
         """Give the lane what the registry says is active; the one in use stays until the new one is warm."""
@@ -155,7 +190,7 @@ class Worker:
             return
         try:
             engine = self._engine(catalog, dataset, record, lane)
-        except (SnapshotError, OSError) as error:
+        except (SnapshotError, *MACHINE_ERRORS) as error:
             self._failures[key] = (now, f"snapshot {record.active} can't be loaded: {error}")
             log.warning("%s: %s", lane.name, self._failures[key][1])
             return
@@ -163,7 +198,7 @@ class Worker:
         lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
         log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
 
-    def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> Any:  # noqa: ANN401
+    def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> TorchEngine:
         if lane.loaded is not None and lane.loaded.publisher.snapshot_id == record.active:
             return lane.loaded.engine
         settings = self._context.settings
@@ -193,8 +228,6 @@ class Worker:
             self._has_msetex = has_msetex(self._context.client)
         return self._has_msetex
 
-    _has_msetex: bool | None = None
-
     # ---- validator thread
 
     def validate_until_stopped(self) -> None:
@@ -203,16 +236,10 @@ class Worker:
             catalog, found = self._catalog, False
             if catalog is not None:
                 try:
-                    found = validate_next(
-                        self._registry,
-                        self._repository,
-                        catalog,
-                        instance=self._context.instance,
-                        peers=self._peers.by_instance,
-                        device=self._context.settings.device,
-                    )
-                except UNREACHABLE:
-                    log.warning("the server can't be reached to validate snapshots")
+                    found = self._validator.validate_next(catalog, self._peers.by_instance)
+                except (redis.exceptions.RedisError, OSError) as error:
+                    log.warning("the registry can't be changed to validate snapshots: %s", error)
+                    found = True  # wait longer
                 except DasError as error:
                     log.warning("%s", error.detail)
             if not found:

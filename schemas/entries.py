@@ -8,7 +8,7 @@ Fields (names are one byte: they are stored with each entry):
     n  rows
     t  when the server took it, microseconds (received_at; available_at in a scored log)
     r  rows, and  b  bytes of data, of this log up to and including this entry
-    m  JSON about the whole chunk (a scored chunk's snapshot)
+    m  JSON about the whole chunk (a scored chunk's snapshot; `traceparent` of the request that brought it, if it had one)
     d  the record batch as an Arrow IPC message without its schema
 """
 
@@ -23,10 +23,15 @@ import xxhash
 
 FORMAT = 1
 READABLE_FORMATS = (1,)
+TRACEPARENT = "traceparent"
 
 
 class EntryError(ValueError):
     """An entry can't be read: another format, another schema, or damaged data."""
+
+
+class NewerFormatError(EntryError):
+    """An entry was written by a later version of the service; it waits for a reader of that version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,16 @@ class Entry:
     fingerprint: str
     data: bytes
 
+    @property
+    def trace(self) -> dict[str, str]:
+        """What of the meta goes on to the entries that are made of this one."""
+        return {TRACEPARENT: self.meta[TRACEPARENT]} if TRACEPARENT in self.meta else {}
+
+    @property
+    def trace_id(self) -> str:
+        """Trace that brought the chunk (W3C Trace Context), '' if it came without one."""
+        return str(self.meta.get(TRACEPARENT, "")).partition("-")[2].partition("-")[0]
+
     def batch(self, schema: pa.Schema) -> pa.RecordBatch:
         """Give the chunk, zero-copy.
 
@@ -108,10 +123,15 @@ def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     """Give the entry that a stream reply holds.
 
     Raises:
+        NewerFormatError: The format is a later one than this version knows.
         EntryError: A field is missing or unreadable, or the format is one that this version does not read.
     """
     try:
         version = int(fields[b"v"])
+        if version > FORMAT:
+            raise NewerFormatError(
+                f"entry {entry_id!r} has format {version}: upgrade this role, it reads up to {FORMAT}"
+            )
         if version not in READABLE_FORMATS:
             raise EntryError(f"entry {entry_id!r} has format {version}; this version reads {READABLE_FORMATS}")
         return Entry(

@@ -58,7 +58,10 @@ def tag(dataset: str, partition: int) -> str:
 
 
 def counters(dataset: str, partition: int) -> str:
-    """Hash: epoch; per log its last sequence number, cumulative rows and bytes, and where the kept part begins."""
+    """Hash: epoch; per log its last sequence number, cumulative rows and bytes, and where the kept part begins.
+
+    After a loss also what survived of it; of a rescore log how many rows are planned for it and not in it yet.
+    """
     return f"{tag(dataset, partition)}:counters"
 
 
@@ -72,9 +75,9 @@ def generation(dataset: str, partition: int, fm: str) -> str:
     return f"{tag(dataset, partition)}:generation:{fm}"
 
 
-def attempts(dataset: str, partition: int, fm: str) -> str:
-    """Hash: entry id -> the row ranges of it that are being tried."""
-    return f"{tag(dataset, partition)}:attempts:{fm}"
+def attempts(dataset: str, partition: int, fm: str, kind: str) -> str:
+    """Hash: id of an entry of that kind of log -> the row ranges of it that are being tried."""
+    return f"{tag(dataset, partition)}:attempts:{fm}:{kind}"
 
 
 def chunk(dataset: str, partition: int, content: bytes) -> bytes:

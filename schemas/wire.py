@@ -4,7 +4,9 @@ pyarrow accepts a stream that was cut at a batch boundary without a word, so the
 `das_rows` in its custom metadata and the reader checks both. Needs pyarrow alone.
 """
 
+import io
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 
@@ -34,6 +36,42 @@ def write_stream(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> bytes:
             held = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(held, custom_metadata={ROWS_KEY: str(rows).encode()})
     return sink.getvalue().to_pybytes()
+
+
+def iter_stream_parts(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
+    """Give the same stream part by part, a part per batch, as the batches come."""
+    sink = _Parts()
+    rows = 0
+    held: pa.RecordBatch | None = None
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            if held is not None:
+                writer.write_batch(held)
+                yield sink.take()
+            held = batch
+            rows += batch.num_rows
+        if held is None:
+            held = pa.RecordBatch.from_pylist([], schema=schema)
+        writer.write_batch(held, custom_metadata={ROWS_KEY: str(rows).encode()})
+    yield sink.take()
+
+
+class _Parts(io.RawIOBase):
+    """What was written since the last take()."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - a buffer
+        self._pieces.append(bytes(data))
+        return len(self._pieces[-1])
+
+    def take(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
 
 
 def write_table(table: pa.Table) -> bytes:

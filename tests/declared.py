@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import redis
+from torch import nn
 
 from das_service.folder import Folder
 from das_service.logs import records, streams
@@ -24,6 +25,7 @@ from das_service.registry import (
 )
 from das_service.settings import Settings
 from das_service.snapshot_folder import manifest_sha256
+from fm_inference import Signature, export_snapshot
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema
 from schemas.entries import encode_batch, head_fields
@@ -43,6 +45,7 @@ SPEC = DatasetSpec.model_validate(
     }
 )
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+TRAINED_THROUGH = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @dataclass
@@ -78,10 +81,23 @@ class Declared:
 
     def register(self, fm: str, snapshot_id: str, **options: Any) -> Path:
         """Export a closed-form snapshot and register it; a worker validates it."""
+        folder = self._snapshot_folder(fm, snapshot_id)
+        options.setdefault("trained_through", TRAINED_THROUGH)
+        export_closed_form(folder, self.spec, fm=fm, snapshot_id=snapshot_id, **options)
+        return self._register_folder(fm, snapshot_id, folder)
+
+    def register_module(self, fm: str, signature: Signature, module: nn.Module) -> Path:
+        """Export any module and register it."""
+        folder = self._snapshot_folder(fm, signature.snapshot_id)
+        export_snapshot(module, signature, folder, trained_through=TRAINED_THROUGH)
+        return self._register_folder(fm, signature.snapshot_id, folder)
+
+    def _snapshot_folder(self, fm: str, snapshot_id: str) -> Path:
         folder = Path(self.settings.snapshots_uri) / self.dataset / fm / snapshot_id
         folder.parent.mkdir(parents=True, exist_ok=True)
-        options.setdefault("trained_through", datetime(2026, 1, 1, tzinfo=UTC))
-        export_closed_form(folder, self.spec, fm=fm, snapshot_id=snapshot_id, **options)
+        return folder
+
+    def _register_folder(self, fm: str, snapshot_id: str, folder: Path) -> Path:
         record = SnapshotRecord(
             snapshot_id=snapshot_id, uri=str(folder), sha256=manifest_sha256(folder), registered_at=datetime.now(UTC)
         )
@@ -123,7 +139,9 @@ class Declared:
 
     def append(self, partition: int, rows: Sequence[Mapping[str, Any]]) -> streams.Appended:
         """Log rows as one chunk."""
-        limits = streams.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
+        recorded = records.read_logs_file(self.folder, self.dataset)
+        epoch = 1 if recorded is None else recorded.epoch
+        limits = streams.AppendLimits(epoch=epoch, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
         return streams.append_chunks(self.client, [self.chunk(partition, rows)], limits)[0]
 
     def online(self, partition: int, fm: str, example_id: str) -> np.void | None:

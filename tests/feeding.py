@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,24 @@ from deltalake import DeltaTable
 from das_service.folder import Folder
 from das_service.logs import records, streams
 from das_service.metrics import Metrics
-from das_service.registry import FmRecord, Registry, dataset_field, fm_field
+from das_service.registry import (
+    FmRecord,
+    Registry,
+    SnapshotRecord,
+    dataset_field,
+    fm_field,
+    read_catalog,
+    snapshot_field,
+)
 from das_service.role import RoleContext
 from das_service.settings import Settings
 from das_service.sink.sink import Sink
+from das_service.watch.status import dataset_status
 from schemas import keys
 from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
 from schemas.entries import encode_batch, head_fields, parse_entry
 from schemas.snapshot import OutputColumns, scored_schema
+from schemas.supervision import SCORED, online_layout, pack_values
 from schemas.tables import dead_schema
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -135,6 +145,55 @@ class Feeding:
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=dead_schema())
         self._append_outcome(records.dead_log(fm), batch, {"fm": fm, "snapshot_id": "s1", "failed_at": NOON_US})
+
+    def put_online(
+        self,
+        fm: str,
+        example_ids: Sequence[str],
+        *,
+        logit: float,
+        snapshot: int = 0,
+        scored_at: int = NOON_US,
+        state: int = SCORED,
+    ) -> None:
+        """Put values into the online store as the publish script does; snapshot: its number in the FM's record."""
+        digests = keys.digest_array(pa.array(example_ids, pa.string()))
+        values = pack_values(
+            online_layout(OUTPUTS),
+            snapshot=snapshot,
+            event_time_us=np.full(len(digests), NOON_US),
+            scored_at_us=scored_at,
+            state=state,
+            outputs={
+                "click__logit": np.full(len(digests), logit, np.float32),
+                "hidden": np.frombuffer(b"wxyz" * len(digests), np.uint8).reshape(-1, 4),
+            },
+        )
+        width = online_layout(OUTPUTS).width
+        partitions = keys.partitions_of(digests, self.spec.partitions)
+        for i, digest in enumerate(digests.to_pylist()):
+            prefix = keys.online_prefix(self.dataset, int(partitions[i]), fm)
+            self.client.set(prefix + digest, values[i * width : (i + 1) * width])
+
+    def register(self, fm: str, *snapshot_ids: str) -> None:
+        """Let an FM have snapshots that were validated."""
+        for snapshot_id in snapshot_ids:
+            record = SnapshotRecord(
+                snapshot_id=snapshot_id, uri="/nowhere", sha256="0" * 64, state="validated",
+                trained_through=NOON - timedelta(days=1), registered_at=NOON,
+            )  # fmt: skip
+            self.registry.change(
+                fm_field(self.dataset, fm),
+                FmRecord,
+                lambda old, name=snapshot_id: old.model_copy(update={"snapshots": (*old.snapshots, name)}),
+            )
+            self.registry.change(
+                snapshot_field(self.dataset, fm, snapshot_id), SnapshotRecord, lambda _, made=record: made
+            )
+
+    def status(self) -> dict[str, Any]:
+        """Give the dataset's status as the API does."""
+        return dataset_status(self.client, self.folder, read_catalog(self.client), self.dataset, now_us=NOON_US)
 
     def append(self, chunks: Sequence[streams.Chunk]) -> list[streams.Appended]:
         limits = streams.AppendLimits(epoch=self.epoch, floors={}, max_bytes=1 << 30, dedup_seconds=1)

@@ -136,9 +136,11 @@ def serve_over_tcp(settings: Settings) -> Iterator[int]:
     while not server.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    yield port
-    server.should_exit = True
-    thread.join(10)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(10)
     assert not thread.is_alive()
 
 
@@ -212,7 +214,10 @@ class Stand:
         )  # fmt: skip
         dead = pa.RecordBatch.from_arrays([*head, pa.array(["poison"] * len(price))], schema=dead_schema())
         data = encode_batch(dead if fail else scored)
-        meta = {"snapshot_id": record.active}
+        snapshot = read_catalog(self.client).snapshot(self.dataset, self.fm, record.active)
+        through = int(snapshot.trained_through.timestamp()) * 1_000_000
+        times = {"failed_at": NOON_US} if fail else {"trained_through": through, "scored_at": NOON_US}
+        meta = {"fm": self.fm, "snapshot_id": record.active, **times}
         schema = dead_schema() if fail else scored_schema(outputs)
         fields = head_fields(schema, num_rows=len(price), num_features=0, meta=meta)
         names = [
@@ -221,7 +226,7 @@ class Stand:
             keys.log(self.dataset, partition, dead_log(self.fm)),
             keys.counters(self.dataset, partition),
             keys.generation(self.dataset, partition, self.fm),
-            keys.attempts(self.dataset, partition, self.fm),
+            keys.attempts(self.dataset, partition, self.fm, EXAMPLES),
         ]
         num_scored, num_dead = (0, len(price)) if fail else (len(price), 0)
         arguments: list[Any] = [

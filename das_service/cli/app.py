@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import typer
 
+from das_service.cli.augment import augment
 from das_service.cli.dataset import dataset_app
 from das_service.cli.dead_letters import dead_letters_app
 from das_service.cli.ingest import ingest
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dataset_app, name="dataset", rich_help_panel=_USE)
     app.command(rich_help_panel=_USE)(ingest)
     app.command(rich_help_panel=_USE)(lookup)
+    app.command(rich_help_panel=_USE)(augment)
     app.add_typer(fm_app, name="fm", rich_help_panel=_USE)
     app.add_typer(snapshot_app, name="snapshot", rich_help_panel=_USE)
     for command in keep:

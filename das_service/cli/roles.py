@@ -46,11 +46,15 @@ def up(
 def api() -> None:
     """Run the API alone, with the settings of DAS_* variables.
 
+    It listens on DAS_BIND, 127.0.0.1:8000 by default. Without tokens it serves this machine alone and refuses another
+    address; DAS_TOKENS_FILE names a file of tokens, docs/configuration.md says how to make one.
+
     Example: DAS_REDIS_URL=redis://log:6379/0 DAS_TABLES_URI=/data/tables das api
     """
     settings = _start_role()
-    from das_service.app import main
+    from das_service.app import describe_access, main
 
+    warn(f"das api: {describe_access(settings)}")
     raise typer.Exit(main(settings))
 
 

@@ -52,6 +52,7 @@ def _dataset(name: str, dataset: Mapping[str, Any], before: Mapping[str, Any], s
         f"distinct {_count(dataset.get('distinct'))}",
         f"duplicates {_count(dataset.get('duplicates'))}",
         f"conflicting {_count(dataset.get('conflicting'))}",
+        *_diverted(dataset),
         f"in the log {_count(dataset.get('in_log'))}",
         f"logs {_bytes(dataset.get('backlog_bytes'))}",
     ]
@@ -65,10 +66,17 @@ def _fm(name: str, fm: Mapping[str, Any], before: Mapping[str, Any], seconds: fl
         f"scored {_count(fm.get('scored'))} ({_rate(fm, before, 'scored', seconds)})",
         f"pending {_count(fm.get('pending'))}, the oldest {_age(fm.get('oldest_age_seconds'))}",
         f"[red]failed {failed:,}[/]" if failed else "failed 0",
+        *_diverted(fm),
         f"coverage {_ratio(fm.get('coverage'))}",
         f"freshness gap {_gap(fm.get('trained_through'))}",
     ]
     return f"  FM {escape(name)}{'' if fm.get('required', True) else ' (optional)'}  {_SEPARATOR.join(words)}"
+
+
+def _diverted(counts: Mapping[str, Any]) -> list[str]:
+    """Give what no table takes, in words; nothing while there is nothing."""
+    diverted = counts.get("diverted") or 0
+    return [f"[red]diverted {diverted:,}[/]"] if diverted else []
 
 
 def _table(*columns: str) -> Table:

@@ -8,7 +8,8 @@ Every call may be repeated without harm, and is, within its deadline, when the c
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,17 +18,22 @@ import httpx
 import pyarrow as pa
 
 from das_service.client.arrow import ROWS_PER_REQUEST, iter_chunks, plain_table, to_table
+from das_service.client.augment import run_augment
 from das_service.client.errors import (
     DasClientError,
     LostRaceError,
     SnapshotRejectedError,
 )
+from das_service.client.frames import join_keys, own_table, refuse_collision, with_columns
 from das_service.client.http import ATTEMPT_SECONDS, Call, Caller, Clock, parse_problem
 from das_service.client.ingest import IngestResult, ingest_chunks, parse_ingest_result
 from schemas.wire import ARROW_STREAM, read_table, write_table
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 IDS_PER_REQUEST = 20_000
+ROWS_PER_AUGMENT = 1_000_000
+AUGMENT_SECONDS = 600.0
+ANSWER_TOO_LARGE = "answer_too_large"
 EmbeddingFormat = Literal["encoded", "float16", "float32"]
 
 
@@ -166,28 +172,114 @@ class Client:
         """Give the supervision of examples from the online store: one row per id, in their order, repeats included.
 
         event_times: of the same rows, where the caller knows them: an id with another event_time is then not taken
-        for this example. Long lists are asked for in several requests.
+        for this example. Long lists are asked for in several requests, as many as the service's bound on an answer
+        makes necessary.
 
         Raises:
             TruncatedStreamError: An answer was cut on its way.
         """
         request = _lookup_table(example_ids, event_times)
-        params: dict[str, Any] = {"fms": list(fms), "embedding_format": embedding_format}
-        if outputs is not None:
-            params["outputs"] = list(outputs)
-        if max_freshness_gap_seconds is not None:
-            params["max_freshness_gap_seconds"] = max_freshness_gap_seconds
-        answers = []
-        for start in range(0, max(1, request.num_rows), IDS_PER_REQUEST):
-            call = Call(
-                method="POST",
-                path=f"/v1/datasets/{dataset}/supervision/lookup",
-                params=params,
-                headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
-                content=write_table(request.slice(start, IDS_PER_REQUEST)),
-            )
-            answers.append(read_table(self._caller.send(call).content))
+        call = Call(
+            method="POST",
+            path=f"/v1/datasets/{dataset}/supervision/lookup",
+            params=_supervision_params(fms, outputs, embedding_format, max_freshness_gap_seconds),
+            headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
+        )
+        answers = list(self._iter_answers(call, request))
         return answers[0] if len(answers) == 1 else pa.concat_tables(answers).unify_dictionaries()
+
+    def augment(
+        self,
+        dataset: str,
+        table: Any,  # noqa: ANN401 - whatever holds a table
+        *,
+        fms: Sequence[str],
+        outputs: Sequence[str] | None = None,
+        embedding_format: EmbeddingFormat = "float16",
+        max_freshness_gap_seconds: float | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Any:  # noqa: ANN401 - the same kind of table
+        """Give a trainer's own rows with supervision from the offline tables: same rows, same order, columns appended.
+
+        table: an Arrow table, a pandas or polars frame, or rows, with example_id and event_time (aware) and any columns
+        of your own, which stay here. The answer is a frame of the same library, else an Arrow table. Long tables are
+        sent in pieces; on_progress gets the number of rows done after each. Millions of rows are faster by
+        augment_files.
+
+        Raises:
+            TypeError: It is no table.
+            ValueError: A key column is missing, or one of yours has the name of one that is added.
+            TruncatedStreamError: An answer was cut on its way.
+        """
+        table = own_table(table)
+        request = join_keys(table)
+        call = Call(
+            method="POST",
+            path=f"/v1/datasets/{dataset}/supervision/augment",
+            params={
+                **_supervision_params(fms, outputs, embedding_format, max_freshness_gap_seconds),
+                "columns": "supervision",
+            },
+            headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
+            attempt_seconds=AUGMENT_SECONDS,
+        )
+        answers = []
+        for start in range(0, max(1, request.num_rows), ROWS_PER_AUGMENT):
+            piece = replace(call, content=write_table(request.slice(start, ROWS_PER_AUGMENT)))
+            answers.append(read_table(self._caller.send(piece, timeout_seconds=AUGMENT_SECONDS).content))
+            refuse_collision(table, answers[0].schema.names)
+            if on_progress is not None:
+                on_progress(min(start + ROWS_PER_AUGMENT, request.num_rows))
+        added = answers[0] if len(answers) == 1 else pa.concat_tables(answers).unify_dictionaries()
+        return with_columns(table, added)
+
+    def augment_files(
+        self,
+        dataset: str,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        fms: Sequence[str],
+        outputs: Sequence[str] | None = None,
+        max_freshness_gap_seconds: float | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Join Parquet files where the tables are: no row goes over HTTP. Give rows, statuses and seconds.
+
+        source: a Parquet file, or a folder of them; target: where the same rows go, in the same order, with supervision
+        appended, embeddings as encoded. The join is `das augment` in a process of its own on this machine, which needs
+        das-service[service] and must see the tables: folder names that of a `das up`, else DAS_TABLES_URI counts. A
+        progress bar is shown on a terminal.
+
+        Raises:
+            DasClientError: It was refused; the message says why, and target is as it was.
+        """
+        return run_augment(
+            [os.fspath(source), os.fspath(target)],
+            {
+                "--dataset": [dataset],
+                "--fm": _names(fms),
+                "--output": _names(outputs or ()),
+                "--max-freshness-gap-seconds": [] if max_freshness_gap_seconds is None else [max_freshness_gap_seconds],
+                "--folder": [] if folder is None else [os.fspath(folder)],
+            },
+            flags=["--overwrite"] if overwrite else [],
+        )
+
+    def _iter_answers(self, call: Call, request: pa.Table) -> Iterator[pa.Table]:
+        """Give the answers for consecutive pieces of the request; a piece whose answer is too large is halved."""
+        start, size = 0, min(IDS_PER_REQUEST, max(1, request.num_rows))
+        while start == 0 or start < request.num_rows:
+            try:
+                answer = self._caller.send(replace(call, content=write_table(request.slice(start, size))))
+            except DasClientError as error:
+                if error.code != ANSWER_TOO_LARGE or size == 1:
+                    raise
+                size //= 2
+                continue
+            yield read_table(answer.content)
+            start += size
 
     # ---- FMs and snapshots
 
@@ -310,6 +402,17 @@ class Client:
         return dict(self._caller.send(call).json())
 
 
+def _supervision_params(
+    fms: Sequence[str], outputs: Sequence[str] | None, embedding_format: EmbeddingFormat, max_gap: float | None
+) -> dict[str, Any]:
+    params: dict[str, Any] = {"fms": _names(fms), "embedding_format": embedding_format}
+    if outputs is not None:
+        params["outputs"] = _names(outputs)
+    if max_gap is not None:
+        params["max_freshness_gap_seconds"] = max_gap
+    return params
+
+
 def _lookup_table(example_ids: Any, event_times: Any) -> pa.Table:  # noqa: ANN401
     columns = {"example_id": _array(example_ids, pa.string())}
     if event_times is not None:
@@ -320,4 +423,12 @@ def _lookup_table(example_ids: Any, event_times: Any) -> pa.Table:  # noqa: ANN4
 def _array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:  # noqa: ANN401
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
-    return pa.array(values, kind)
+    try:
+        return pa.array(_names(values) if isinstance(values, str) else values, kind)
+    except pa.ArrowTypeError as error:
+        raise TypeError(f"values of type {kind} are needed: {error}") from error
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Give names as a list; a single one may be given as it is, which else would be taken apart into letters."""
+    return [names] if isinstance(names, str) else list(names)

@@ -7,14 +7,17 @@ accepts a stream that was cut at a batch boundary in silence, so the end-of-stre
 Source: https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format (format/Message.fbs for field numbers).
 """
 
+import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import pyarrow as pa
 
 from das_service.errors import BadRequestError, TooLargeError
 
+Body: TypeAlias = "bytes | mmap.mmap"
 MAX_METADATA_BYTES = 8 * 1024 * 1024
 MAX_BATCHES = 4096
 _WORK_FACTOR = 8
@@ -70,11 +73,14 @@ class _Totals:
     rows: int = 0
     batches: int = 0
     work_bytes: int = 0
+    largest_growth: int = 0
     dictionary_bytes: dict[int, int] = field(default_factory=dict)
 
 
-def measure_stream(body: bytes, *, budget: Budget, max_rows: int) -> int:
+def measure_stream(body: Body, *, budget: Budget, max_rows: int, max_batch_bytes: int | None = None) -> int:
     """Give the number of rows that a stream says it has, after holding it against the limits; decodes nothing.
+
+    max_batch_bytes: what decoding one batch may take on top of the body's own bytes.
 
     Raises:
         BadRequestError: The framing or the metadata is damaged, the end is missing, or bytes follow it.
@@ -93,7 +99,7 @@ def measure_stream(body: bytes, *, budget: Budget, max_rows: int) -> int:
             _measure_batch(body, kind, header, (start, length), totals, budget)
         elif kind != _SCHEMA:
             raise BadRequestError(f"the Arrow stream holds a message of kind {kind}, not record batches")
-        _hold_against(totals, budget, max_rows)
+        _hold_against(totals, budget, max_rows, max_batch_bytes)
     if position != len(body):
         raise BadRequestError(f"{len(body) - position} bytes follow the end of the Arrow stream")
     if not has_schema:
@@ -101,7 +107,11 @@ def measure_stream(body: bytes, *, budget: Budget, max_rows: int) -> int:
     return totals.rows
 
 
-def _hold_against(totals: _Totals, budget: Budget, max_rows: int) -> None:
+def _hold_against(totals: _Totals, budget: Budget, max_rows: int, max_batch_bytes: int | None) -> None:
+    if max_batch_bytes is not None and totals.largest_growth > max_batch_bytes:
+        raise TooLargeError(
+            f"a batch grows by more than {max_batch_bytes} bytes when it is decompressed; send smaller ones"
+        )
     if totals.rows > max_rows:
         raise TooLargeError(f"the body has more than the {max_rows} rows that a request may")
     if totals.batches > MAX_BATCHES:
@@ -110,7 +120,7 @@ def _hold_against(totals: _Totals, budget: Budget, max_rows: int) -> None:
         raise TooLargeError("the body has too many batches for dictionaries of this size; send fewer, larger ones")
 
 
-def _next_message(body: bytes, position: int) -> tuple[int | None, "_Table", int, int, int]:
+def _next_message(body: Body, position: int) -> tuple[int | None, "_Table", int, int, int]:
     """Give (kind or None at the end, header table, start and length of the message's body, next position)."""
     if len(body) - position < 8:
         raise BadRequestError("the Arrow stream was cut: it has no end-of-stream marker")
@@ -133,7 +143,7 @@ def _next_message(body: bytes, position: int) -> tuple[int | None, "_Table", int
 
 
 def _measure_batch(
-    body: bytes, kind: int, header: "_Table", span: tuple[int, int], totals: _Totals, budget: Budget
+    body: Body, kind: int, header: "_Table", span: tuple[int, int], totals: _Totals, budget: Budget
 ) -> None:
     batch = header if kind == _RECORD_BATCH else header.table(1)
     rows = batch.number(0, "<q", 0)
@@ -141,6 +151,7 @@ def _measure_batch(
         raise _damaged()
     decoded = _decoded_bytes(body, batch, span)
     budget.spend(decoded)
+    totals.largest_growth = max(totals.largest_growth, decoded - span[1])
     totals.batches += 1
     if kind == _RECORD_BATCH:
         totals.rows += rows
@@ -151,7 +162,7 @@ def _measure_batch(
     totals.dictionary_bytes[number] = before + decoded
 
 
-def _decoded_bytes(body: bytes, batch: "_Table", span: tuple[int, int]) -> int:
+def _decoded_bytes(body: Body, batch: "_Table", span: tuple[int, int]) -> int:
     """Give the bytes of a batch's buffers once decompressed."""
     start, length = span
     compressed = batch.has(3)
@@ -173,7 +184,7 @@ def _decoded_bytes(body: bytes, batch: "_Table", span: tuple[int, int]) -> int:
 class _Table:
     """A flatbuffer table inside body[first:last]; reads outside these bounds are refused."""
 
-    body: bytes
+    body: Body
     at: int
     first: int
     last: int
@@ -223,7 +234,7 @@ class _Table:
         return int(struct.unpack_from(form, self.body, at)[0])
 
 
-def _root(body: bytes, first: int, last: int) -> _Table:
+def _root(body: Body, first: int, last: int) -> _Table:
     if last - first < 4:
         raise _damaged()
     (offset,) = struct.unpack_from("<I", body, first)

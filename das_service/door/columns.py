@@ -6,7 +6,7 @@ Expansion is held against the request's budget before it happens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,21 @@ def lookup_differences(schema: pa.Schema) -> list[dict[str, str]]:
     ]
     if "example_id" not in schema.names:
         found.append(_difference("example_id", "missing", "the column is missing"))
+    problems = {field.name: _type_problem(field.name, field.type, None) for field in schema}
+    return found + [_difference(name, "type", problem) for name, problem in problems.items() if problem]
+
+
+def augment_differences(schema: pa.Schema, added: Collection[str]) -> list[dict[str, str]]:
+    """Give what is wrong with the columns of a table to augment: example_id, event_time, and any that we do not add."""
+    found = [_difference(name, "repeated", "the column is there twice") for name in _repeated(schema)]
+    found += [_difference(name, "missing", "the column is missing") for name in _RESERVED if name not in schema.names]
+    found += [
+        _difference(
+            name, "collision", "the answer has a column of this name; rename yours, or ask for columns=supervision"
+        )
+        for name in schema.names
+        if name in added
+    ]
     problems = {field.name: _type_problem(field.name, field.type, None) for field in schema}
     return found + [_difference(name, "type", problem) for name, problem in problems.items() if problem]
 
@@ -228,26 +243,27 @@ def canonical_times(array: pa.Array, errors: RowErrors) -> pa.Array:
         microseconds = ticks
     elif per_second > _PER_SECOND["us"]:
         microseconds, rest = np.divmod(ticks, per_second // _PER_SECOND["us"])
-        inexact = (rest != 0) & _valid(array)
+        inexact = (rest != 0) & valid_mask(array)
         errors.refuse(
             inexact, column="event_time", code="inexact_time", message="it is finer than a microsecond; round it first"
         )
     else:
         factor = _PER_SECOND["us"] // per_second
         microseconds = np.clip(ticks, FIRST_US // factor - 1, LAST_US // factor + 1) * factor
-    validity_buffer = pa.array(_valid(array)).buffers()[1] if array.null_count else None
+    validity_buffer = pa.array(valid_mask(array)).buffers()[1] if array.null_count else None
     data = pa.py_buffer(np.ascontiguousarray(microseconds))
     return pa.Array.from_buffers(TIMESTAMP, len(array), [validity_buffer, data])
 
 
-def _valid(array: pa.Array) -> NDArray[np.bool_]:
+def valid_mask(array: pa.Array) -> NDArray[np.bool_]:
+    """Give True where the array has a value."""
     return validity(array) if array.null_count else np.ones(len(array), np.bool_)
 
 
 def packed_vectors(array: pa.Array, feature: Feature, *, budget: Budget, errors: RowErrors) -> pa.Array:
     """Give (rows,) vectors as fixed-size binaries; refuses rows of another size or with null elements."""
     size = feature.size or 0
-    valid = _valid(array)
+    valid = valid_mask(array)
     starts, lengths = _list_bounds(array)
     wrong = (lengths != size) & valid
     errors.refuse(wrong, column=feature.name, code="wrong_size", message=f"the vector has another size than {size}")

@@ -1,7 +1,7 @@
 """What every request passes: permits for data requests, bounded reading of bodies, media types."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from schemas.wire import ARROW_STREAM, JSON
 DECLARATION_BYTES = 4 * 1024 * 1024
 _DRAIN_SECONDS = 2.0
 _WHOLE_BODY_FACTOR = 4
+_SLOWEST_BYTES_PER_SECOND = 4 * 1024 * 1024
 
 
 class Permits:
@@ -48,33 +49,46 @@ async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float)
         TooLargeError: It is longer, or says so up front.
         DasError: 408, it comes too slowly; 415, it is compressed as a whole.
     """
+    too_large = TooLargeError(f"the body is longer than the {max_bytes} bytes that a request may have")
+    pieces = iter_body(request, max_bytes=max_bytes, timeout_seconds=timeout_seconds, too_large=too_large)
+    return b"".join([piece async for piece in pieces])
+
+
+async def iter_body(
+    request: Request, *, max_bytes: int, timeout_seconds: float, too_large: TooLargeError
+) -> AsyncIterator[bytes]:
+    """Give the body in pieces.
+
+    Raises:
+        TooLargeError: too_large: it is longer, or says so up front.
+        DasError: 408, it comes too slowly; 415, it is compressed as a whole.
+    """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise media_type_error("a Content-Encoding is not read here; Arrow can compress its own buffers")
-    too_large = TooLargeError(f"the body is longer than the {max_bytes} bytes that a request may have")
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated) > max_bytes:
         await _drain(request, max_bytes)
         raise too_large
-    pieces: list[bytes] = []
+    loop = asyncio.get_running_loop()
+    whole_by = loop.time() + _WHOLE_BODY_FACTOR * max(timeout_seconds, max_bytes / _SLOWEST_BYTES_PER_SECOND)
     left, more = max_bytes, True
-    try:
-        async with asyncio.timeout(timeout_seconds * _WHOLE_BODY_FACTOR):
-            while more and left >= 0:
-                async with asyncio.timeout(timeout_seconds):
-                    message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                pieces.append(message.get("body", b""))
-                left -= len(pieces[-1])
-                more = message.get("more_body", False)
-    except TimeoutError:
-        detail = f"the body came too slowly: nothing for {timeout_seconds:g} s, or not whole in four times that"
-        raise DasError(detail, code="body_timeout", http_status=408) from None
-    if left < 0:
-        if more:
-            await _drain(request, max_bytes)
-        raise too_large
-    return b"".join(pieces)
+    while more:
+        try:
+            async with asyncio.timeout_at(min(loop.time() + timeout_seconds, whole_by)):
+                message = await request.receive()
+        except TimeoutError:
+            detail = f"the body came too slowly: nothing for {timeout_seconds:g} s, or not whole in time"
+            raise DasError(detail, code="body_timeout", http_status=408) from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece = message.get("body", b"")
+        left -= len(piece)
+        more = message.get("more_body", False)
+        if left < 0:
+            if more:
+                await _drain(request, max_bytes)
+            raise too_large
+        yield piece
 
 
 async def _drain(request: Request, max_bytes: int) -> None:

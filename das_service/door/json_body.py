@@ -6,6 +6,7 @@ type than its column has refuses the whole request; a value that its type can't 
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
 from schemas.dataset import TIMESTAMP, DatasetSpec, Feature
 
 JSON_SHARE = 16
+BEYOND_FLOAT32 = "it is beyond float32's range, in which models compute (about 3.4e38)"
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})(\d*))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(2**63), 2**63)
@@ -220,10 +222,11 @@ def _floats(values: list[Any], feature: Feature, gathering: _Gathering) -> pa.Ar
 
 
 def _as_float(value: float) -> float:
+    """Give the number; an integer that no float holds is made the largest, which is beyond every range too."""
     try:
         return float(value)
     except OverflowError:
-        return float("inf")
+        return sys.float_info.max if value > 0 else -sys.float_info.max
 
 
 def _categories(values: list[Any], feature: Feature, gathering: _Gathering) -> pa.Array:
@@ -272,11 +275,15 @@ def _vectors(values: list[Any], feature: Feature, gathering: _Gathering) -> pa.A
     _refuse(gathering, holes, feature.name, "null_element", "the vector has a null element")
     gathering.budget.spend(4 * size * len(values))
     rows = np.zeros((len(values), size), "<f4")
-    unusable = {*wrong, *holes}
+    unusable, beyond = {*wrong, *holes}, []
     with np.errstate(over="ignore"):
         for row, value in enumerate(values):
             if value is not None and row not in unusable:
-                rows[row] = [_as_float(item) for item in value]
+                exact = np.array([_as_float(item) for item in value])
+                rows[row] = exact
+                if (np.isinf(rows[row]) & np.isfinite(exact)).any():
+                    beyond.append(row)
+    _refuse(gathering, beyond, feature.name, "out_of_range", BEYOND_FLOAT32)
     valid = np.array([value is not None for value in values], np.bool_)
     return binary_rows(rows.reshape(-1), feature.arrow_type, None if valid.all() else valid)
 

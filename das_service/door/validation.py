@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from das_service.door.arrow_body import Budget, read_batches
-from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, schema_differences, value_bytes
-from das_service.door.json_body import JSON_SHARE, columns_of_rows, parse_examples
+from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, schema_differences, valid_mask, value_bytes
+from das_service.door.json_body import BEYOND_FLOAT32, JSON_SHARE, columns_of_rows, parse_examples
 from das_service.door.row_errors import MAX_LISTED, RowErrors
 from das_service.errors import InvalidRowsError
 from schemas import keys
@@ -23,6 +23,7 @@ from schemas.hashing import fixed_width_values, list_elements, validity
 from schemas.names import EXAMPLE_ID_MAX_BYTES
 
 _DAY_US = 86_400_000_000
+_NOT_FINITE = "it is NaN or infinite"
 _MAX_DECODED_BYTES = 2**31 - 1  # offsets of a string column have 32 bits
 
 
@@ -141,8 +142,8 @@ def _empty() -> InvalidRowsError:
 def _check_ids(ids: pa.Array, errors: RowErrors) -> None:
     _check_nulls(ids, "example_id", errors)
     lengths = value_bytes(ids)
-    valid = validity(ids) if ids.null_count else np.ones(len(ids), np.bool_)
-    errors.refuse((lengths == 0) & valid, column="example_id", code="empty_id", message="it is the empty string")
+    is_empty = (lengths == 0) & valid_mask(ids)
+    errors.refuse(is_empty, column="example_id", code="empty_id", message="it is the empty string")
     message = f"it is longer than {EXAMPLE_ID_MAX_BYTES} bytes"
     errors.refuse(lengths > EXAMPLE_ID_MAX_BYTES, column="example_id", code="too_long", message=message)
 
@@ -155,7 +156,7 @@ def _check_nulls(array: pa.Array, column: str, errors: RowErrors) -> None:
 def _check_times(times: pa.Array, spec: DatasetSpec, *, now_us: int, errors: RowErrors) -> None:
     _check_nulls(times, "event_time", errors)
     microseconds = fixed_width_values(times, np.dtype("<i8"))
-    valid = validity(times) if times.null_count else np.ones(len(times), np.bool_)
+    valid = valid_mask(times)
     latest = min(now_us + spec.max_future_seconds * 1_000_000, LAST_US)
     message = f"it is more than {spec.max_future_seconds} s ahead of the server's clock"
     errors.refuse((microseconds > latest) & valid, column="event_time", code="time_in_future", message=message)
@@ -170,28 +171,33 @@ def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None
     if not feature.nullable:
         _check_nulls(array, feature.name, errors)
     if feature.type == "float":
-        _refuse_infinite(fixed_width_values(array, np.dtype("<f8")), array, feature, errors)
+        _check_floats(array, feature, errors)
     elif feature.type == "vector":
         values = fixed_width_values(array, np.dtype((np.void, 4 * (feature.size or 0))))
-        _refuse_infinite(values.view("<f4").reshape(len(array), feature.size or 0), array, feature, errors)
+        finite = np.isfinite(values.view("<f4").reshape(len(array), feature.size or 0))
+        if not finite.all():
+            bad = ~finite.all(axis=1) & valid_mask(array)
+            errors.refuse(bad, column=feature.name, code="not_finite", message=_NOT_FINITE)
     elif feature.type == "category_list":
         _check_lists(array, feature, errors)
 
 
-def _refuse_infinite(values: NDArray[Any], array: pa.Array, feature: Feature, errors: RowErrors) -> None:
-    finite = np.isfinite(values)
-    if finite.all():
+def _check_floats(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
+    """Refuse what is no number, and what models, which are given float32, would see as infinite."""
+    values = fixed_width_values(array, np.dtype("<f8"))
+    with np.errstate(over="ignore", invalid="ignore"):
+        fits = np.isfinite(values.astype("<f4"))
+    if fits.all():
         return
-    bad = ~(finite if finite.ndim == 1 else finite.all(axis=1))
-    if array.null_count:
-        bad &= validity(array)
-    errors.refuse(bad, column=feature.name, code="not_finite", message="it is NaN or infinite")
+    finite, valid = np.isfinite(values), valid_mask(array)
+    errors.refuse(~finite & valid, column=feature.name, code="not_finite", message=_NOT_FINITE)
+    errors.refuse(finite & ~fits & valid, column=feature.name, code="out_of_range", message=BEYOND_FLOAT32)
 
 
 def _check_lists(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
     elements, bounds = list_elements(array)
     lengths = np.diff(bounds)
-    valid = validity(array) if array.null_count else np.ones(len(array), np.bool_)
+    valid = valid_mask(array)
     message = f"the list has more than {feature.max_length} elements"
     errors.refuse((lengths > feature.max_length) & valid, column=feature.name, code="too_long", message=message)
     if elements.null_count:

@@ -16,14 +16,20 @@ from das_service.folder import Folder
 from das_service.logs.records import EXAMPLES, read_logs_file, read_mark
 from das_service.logs.streams import LogProblem, check_logs, refuse_problems
 from das_service.registry import Catalog, Registry, parse_catalog, read_catalog, read_revision
+from schemas.entries import Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """What an append to a dataset's examples is checked against: the epoch, and per partition the committed seq."""
+    """What an append to a dataset's examples is checked against: the epoch, and how far the table has the log."""
 
     epoch: int
-    committed: Mapping[int, int]
+    positions: Mapping[int, Position | None]
+
+    @property
+    def committed(self) -> dict[int, int]:
+        """Per partition the committed sequence number of this epoch, if there is one."""
+        return {p: at.seq for p, at in self.positions.items() if at is not None and at.epoch == self.epoch}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +144,7 @@ def _read_floor(folder: Folder, dataset: str) -> Floor | None:
     if logs is None:
         return None
     mark = read_mark(folder, dataset, EXAMPLES)
-    positions = {} if mark is None else mark.positions
-    committed = {p: at.seq for p, at in positions.items() if at is not None and at.epoch == logs.epoch}
-    return Floor(epoch=logs.epoch, committed=committed)
+    return Floor(epoch=logs.epoch, positions={} if mark is None else mark.positions)
 
 
 def _again(error: UnavailableError) -> UnavailableError:

@@ -45,7 +45,7 @@ class Mark:
     """`<dataset>/_das/<table>.durable`: what of a table is on disk. Written last in a commit, before the log is freed.
 
     positions: per partition the last committed position of the table's log, None before the first. mended: rows of
-    supervision whose example had been a dead letter.
+    supervision whose example had been a dead letter. diverted: rows that the table would not take, in `dead_chunks`.
     """
 
     version: int
@@ -54,6 +54,7 @@ class Mark:
     duplicates: int = 0
     conflicting: int = 0
     mended: int = 0
+    diverted: int = 0
 
 
 def read_logs_file(folder: Folder, dataset: str) -> LogsFile | None:
@@ -90,6 +91,7 @@ def read_mark(folder: Folder, dataset: str, table: str) -> Mark | None:
         duplicates=record["duplicates"],
         conflicting=record["conflicting"],
         mended=record.get("mended", 0),
+        diverted=record.get("diverted", 0),
     )
 
 
@@ -103,6 +105,7 @@ def write_mark(folder: Folder, dataset: str, table: str, mark: Mark) -> None:
         "duplicates": mark.duplicates,
         "conflicting": mark.conflicting,
         "mended": mark.mended,
+        "diverted": mark.diverted,
     }
     folder.write(mark_name(dataset, table), json.dumps(record).encode())
 

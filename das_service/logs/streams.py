@@ -5,7 +5,6 @@ positions (the sink's durable marks). A server that knows another epoch, lacks a
 position has lost data, and nothing is appended until a human runs `das recover`.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import redis
 
 from das_service.errors import DasError, DiskReserveError, OverloadedError, UnavailableError
-from das_service.folder import Folder, locked
+from das_service.folder import Folder
 from das_service.logs.records import (
     EXAMPLES,
     LogsFile,
@@ -47,9 +46,7 @@ def create_logs(
     Raises:
         DasError: A recorded log is gone (log_lost); this never papers over a loss.
     """
-    root = folder.path
-    lock = contextlib.nullcontext() if root is None else locked(root / dataset / "_das" / "logs.lock")
-    with lock:  # two FMs may be declared at once, and each adds its logs to what is recorded
+    with folder.locked(f"{dataset}/_das/logs.json"):  # two FMs may be declared at once, and each adds its own
         return _create_logs(client, folder, dataset, partitions=partitions, kinds=kinds)
 
 
@@ -228,18 +225,28 @@ def _append_refusal(what: str, detail: str, chunk: Chunk) -> DasError:
 def read_after(
     client: redis.Redis, dataset: str, kind: str, after: Mapping[int, Position | None], *, count: int
 ) -> dict[int, list[Entry]]:
-    """Give up to count entries of each partition that lie strictly after its position, oldest first."""
+    """Give up to count entries of each partition that lie strictly after its position, oldest first.
+
+    Raises:
+        EntryError: One of them can't be read.
+    """
+    return {
+        partition: [parse_entry(entry_id, fields) for entry_id, fields in reply]
+        for partition, reply in read_raw_after(client, dataset, kind, after, count=count).items()
+    }
+
+
+def read_raw_after(
+    client: redis.Redis, dataset: str, kind: str, after: Mapping[int, Position | None], *, count: int
+) -> dict[int, list[tuple[bytes, dict[bytes, bytes]]]]:
+    """Give the same entries as they lie in the log, (id, fields), readable or not."""
     partitions = sorted(after)
     pipeline = client.pipeline(transaction=False)
     for partition in partitions:
         at = after[partition]
         start = "-" if at is None else f"({at.entry_id}"
         pipeline.xrange(keys.log(dataset, partition, kind), min=start, max="+", count=count)
-    replies = pipeline.execute()
-    return {
-        partition: [parse_entry(entry_id, fields) for entry_id, fields in reply]
-        for partition, reply in zip(partitions, replies, strict=True)
-    }
+    return dict(zip(partitions, pipeline.execute(), strict=True))
 
 
 def follows(previous: Position | None, position: Position) -> bool:
@@ -253,7 +260,11 @@ def follows(previous: Position | None, position: Position) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogCounters:
-    """One partition's counters of one log. last: -1 before the first entry of the epoch."""
+    """One partition's counters of one log. last: -1 before the first entry of the epoch.
+
+    older: the last entry of earlier epochs that survived a loss. planned: rows of the examples table that are to be
+    fed into this log (a rescore log) and are not in it yet; NOT_COUNTED where that is not known yet.
+    """
 
     epoch: int
     last: int
@@ -262,6 +273,8 @@ class LogCounters:
     first_rows: int
     first_bytes: int
     repeated_rows: int
+    older: Position | None = None
+    planned: int = 0
 
     @property
     def kept_rows(self) -> int:
@@ -275,6 +288,8 @@ class LogCounters:
 
 
 _COUNTER_FIELDS = ("last", "rows", "bytes", "first_rows", "first_bytes", "repeated_rows")
+_NUM_FIELDS = len(_COUNTER_FIELDS) + 2
+NOT_COUNTED = -1
 
 
 def read_counters(
@@ -283,18 +298,41 @@ def read_counters(
     """Give the counters of logs by partition and kind; those of logs that do not exist are absent."""
     numbers = list(partitions)
     pipeline = client.pipeline(transaction=False)
-    fields = ["epoch", *[f"{kind}/{field}" for kind in kinds for field in _COUNTER_FIELDS]]
+    fields = ["epoch", *[f"{kind}/{field}" for kind in kinds for field in (*_COUNTER_FIELDS, "older", "planned")]]
     for partition in numbers:
         pipeline.hmget(keys.counters(dataset, partition), *fields)
     counters = {}
     for partition, (epoch, *values) in zip(numbers, pipeline.execute(), strict=True):
         for i, kind in enumerate(kinds):
-            part = values[i * len(_COUNTER_FIELDS) : (i + 1) * len(_COUNTER_FIELDS)]
+            *part, older, planned = values[i * _NUM_FIELDS : (i + 1) * _NUM_FIELDS]
             if epoch is None or None in part:
                 continue
             named = dict(zip(_COUNTER_FIELDS, map(int, part), strict=True))
-            counters[partition, kind] = LogCounters(epoch=int(epoch), **named)
+            counters[partition, kind] = LogCounters(
+                epoch=int(epoch), older=parse_position(older) if older else None, planned=int(planned or 0), **named
+            )
     return counters
+
+
+def show_planned(client: redis.Redis, dataset: str, fm: str, rows: Sequence[int]) -> None:
+    """Let counters say per partition how many rows an FM has still to be fed: for those who can't wait for a file."""
+    for partition, number in enumerate(rows):
+        field = f"{rescore_log(fm)}/planned"
+        run_script(client, "put_field", [keys.counters(dataset, partition)], [field, number])
+
+
+def entries_after(place: Position | None, counted: LogCounters) -> int:
+    """Give how many entries of a log lie after a place, None for its beginning.
+
+    Exact as long as at most one older epoch survives and, for a place before that, nothing of it was freed; otherwise
+    more or fewer of the older ones, never none where there are some.
+    """
+    if place is not None and place.epoch == counted.epoch:
+        return max(0, counted.last - place.seq)
+    older, survived = counted.older, 0
+    if older is not None and (place is None or place.number < older.number):
+        survived = older.seq - place.seq if place is not None and place.epoch == older.epoch else older.seq + 1
+    return counted.last + 1 + survived
 
 
 def trim_log(

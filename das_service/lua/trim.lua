@@ -36,8 +36,9 @@ local first = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)
 if first[1] then
   local f = {}
   for i = 1, #first[1][2], 2 do f[first[1][2][i]] = first[1][2][i + 1] end
-  rows = string.format('%.0f', tonumber(f['r']) - tonumber(f['n']))
-  bytes = string.format('%.0f', tonumber(f['b']) - #f['d'])
+  local r, b = tonumber(f['r']), tonumber(f['b'])  -- nil in an entry that nobody can read
+  if r then rows = string.format('%.0f', r - (tonumber(f['n']) or 0)) end
+  if b then bytes = string.format('%.0f', b - #(f['d'] or '')) end
 end
 if rows then redis.call('HSET', KEYS[1], ARGV[1] .. '/first_rows', rows, ARGV[1] .. '/first_bytes', bytes) end
 return {freed, holder}

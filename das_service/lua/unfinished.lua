@@ -1,35 +1,94 @@
 #!lua flags=no-writes,allow-oom
--- What a group has yet to finish in a log: entries that it holds (the first 100 are looked at) and those not delivered.
--- KEYS  1 counters  2 stream   ARGV  1 log  2 group
--- Gives {entries, rows, bytes, when the oldest was taken in us or ''}; all 0 where there is no such group
-local function field(entry, name)
-  for i = 1, #entry[2], 2 do
-    if entry[2][i] == name then return entry[2][i + 1] end
+-- What a reader of a log has yet to finish: entries that it holds, and those after its place.
+-- KEYS  1 counters  2 stream   ARGV  1 log  2 group, or '' for a reader without one  3 its place then: an entry id or ''
+-- Gives {entries, rows, bytes, when the oldest was taken in us or '', the first entry after its place, or else the one to
+-- come}; all 0 where there is no such group. Held entries behind 10,000 others or 500 runs are taken to be like those.
+local SLICE, MOST_HELD, MOST_RUNS, MOST_UNREADABLE = 1000, 10000, 500, 10
+local entries, rows, bytes, oldest, next_id = 0, 0, 0, '', ''
+local function number(n) return string.format('%.0f', n) end
+local function parse(id)
+  local epoch, seq = string.match(id, '^(%d+)-(%d+)$')
+  return tonumber(epoch), tonumber(seq)
+end
+local function read(from, to)  -- the first of the next few entries that can be read
+  for _ = 1, MOST_UNREADABLE do
+    local found = redis.call('XRANGE', KEYS[2], from, to, 'COUNT', 1)[1]
+    if not found then return nil end
+    local f = {}
+    for i = 1, #found[2], 2 do f[found[2][i]] = found[2][i + 1] end
+    local r, n, b = tonumber(f['r']), tonumber(f['n']), tonumber(f['b'])
+    if r and n and b and f['t'] then return {t = f['t'], r = r, n = n, b = b, d = #(f['d'] or '')} end
+    from = '(' .. found[1]
   end
 end
-local function number(text) return string.format('%.0f', text) end
-local info
-for _, g in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
-  local found = {}
-  for i = 1, #g, 2 do found[g[i]] = g[i + 1] end
-  if found['name'] == ARGV[2] then info = found end
+
+local function add_run(from, to)  -- entries side by side: what they count up to tells their sum
+  local first = read(from, to)
+  local last = from == to and first or read(to, to)
+  if not first or not last then return end
+  rows, bytes = rows + last.r - first.r + first.n, bytes + last.b - first.b + first.d
+  if oldest == '' then oldest = first.t end
 end
-local c = redis.call('HMGET', KEYS[1], ARGV[1] .. '/rows', ARGV[1] .. '/bytes', ARGV[1] .. '/last', 'epoch')
-if not info or not c[1] then return {'0', '0', '0', ''} end
-local entries, rows, bytes, oldest = 0, 0, 0, ''
-for _, pending in ipairs(redis.call('XPENDING', KEYS[2], ARGV[2], '-', '+', 100)) do
-  local entry = redis.call('XRANGE', KEYS[2], pending[1], pending[1])[1]
-  if entry then
-    entries, rows, bytes = entries + 1, rows + tonumber(field(entry, 'n')), bytes + #field(entry, 'd')
-    if oldest == '' then oldest = field(entry, 't') end
+local function add_held(group)
+  local looked_at, runs, start = 0, 0, '-'
+  local from, to, next_epoch, next_seq
+  while looked_at < MOST_HELD and runs < MOST_RUNS do
+    local held = redis.call('XPENDING', KEYS[2], group, start, '+', SLICE)
+    for _, pending in ipairs(held) do
+      local epoch, seq = parse(pending[1])
+      if from and (epoch ~= next_epoch or seq ~= next_seq) then
+        add_run(from, to)
+        from, runs = nil, runs + 1
+        if runs == MOST_RUNS then return looked_at end
+      end
+      from, to, next_epoch, next_seq = from or pending[1], pending[1], epoch, seq + 1
+      looked_at, start = looked_at + 1, '(' .. pending[1]
+    end
+    if #held < SLICE then break end
   end
+  if from then add_run(from, to) end
+  return looked_at
 end
-local next = redis.call('XRANGE', KEYS[2], '(' .. info['last-delivered-id'], '+', 'COUNT', 1)[1]
-if next then
-  local seq = tonumber(string.match(next[1], '-(%d+)$'))
+local function add_after(place, c)
+  local from = place == '' and '-' or '(' .. place
+  local first = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 1)[1]
+  if not first then
+    next_id = c[4] .. '-' .. number(tonumber(c[3]) + 1)
+    return
+  end
+  next_id = first[1]
+  local after = read(from, '+')
+  if after then
+    rows, bytes = rows + tonumber(c[1]) - after.r + after.n, bytes + tonumber(c[2]) - after.b + after.d
+    if oldest == '' then oldest = after.t end
+  end
+  local epoch, seq = parse(next_id)
+  while epoch < tonumber(c[4]) do  -- sequence numbers start again in each epoch
+    local last = redis.call('XREVRANGE', KEYS[2], number(epoch), number(epoch) .. '-0', 'COUNT', 1)[1][1]
+    local _, last_seq = parse(last)
+    entries = entries + last_seq - seq + 1
+    local following = redis.call('XRANGE', KEYS[2], '(' .. last, '+', 'COUNT', 1)[1]
+    if not following then return end
+    epoch, seq = parse(following[1])
+  end
   entries = entries + tonumber(c[3]) - seq + 1
-  rows = rows + tonumber(c[1]) - tonumber(field(next, 'r')) + tonumber(field(next, 'n'))
-  bytes = bytes + tonumber(c[2]) - tonumber(field(next, 'b')) + #field(next, 'd')
-  if oldest == '' then oldest = field(next, 't') end
 end
-return {number(entries), number(rows), number(bytes), oldest}
+
+local c = redis.call('HMGET', KEYS[1], ARGV[1] .. '/rows', ARGV[1] .. '/bytes', ARGV[1] .. '/last', 'epoch')
+local place = ARGV[3]
+if ARGV[2] ~= '' then
+  place = nil
+  for _, g in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
+    local info = {}
+    for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
+    if info['name'] == ARGV[2] then
+      place, entries = info['last-delivered-id'], info['pending']
+    end
+  end
+  if place and entries > 0 then
+    local looked_at = math.max(1, add_held(ARGV[2]))
+    rows, bytes = rows * entries / looked_at, bytes * entries / looked_at
+  end
+end
+if place and c[1] and c[4] then add_after(place, c) end
+return {number(entries), number(rows), number(bytes), oldest, next_id}

@@ -1,6 +1,7 @@
 """Taking examples in."""
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -10,10 +11,10 @@ from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type, read_body
 from das_service.door.openapi import data_body, problems
 from das_service.door.stages import Stages
-from das_service.door.validation import ValidRows, validate_arrow, validate_json
+from das_service.door.trace import read_traceparent
+from das_service.door.validation import validate_arrow, validate_json
 from das_service.errors import InvalidRowsError, OverloadedError
 from das_service.ingest import (
-    Receipt,
     answer_body,
     append_rows,
     count_refused,
@@ -83,39 +84,56 @@ async def post_examples(
     """
     stages = Stages(service.metrics)
     answer_type(request, JSON)
-    kind = data_type(request)
+    how = _How(
+        kind=data_type(request), abort=on_error == "abort", wait=wait == "scored", traceparent=read_traceparent(request)
+    )
     with service.permits.hold():
         refuse_ingest(service.monitor.findings, service.settings, dataset)
-        body = await read_body(
-            request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
-        )
-        stages.end("read")
-        rows, receipt = await service.in_thread(
-            _store, service, dataset, body, stages, kind=kind, abort=on_error == "abort"
-        )
-    answer = answer_body(rows, receipt, rejected=rows.num_refused)
+        answer, awaited = await _take(request, service, dataset, how, stages)
     status = 202
-    if wait == "scored":
-        answer["scored"] = await _wait(service, dataset, rows, timeout_seconds)
+    if how.wait:
+        answer["scored"] = await _wait(service, dataset, awaited, timeout_seconds)
         status = 200 if answer["scored"] else 202
         stages.end("wait")
     return JSONResponse(answer, status_code=status, headers=stages.headers())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What the caller wants done with the rows, and how they are spelled."""
+
+    kind: str
+    abort: bool
+    wait: bool
+    traceparent: str | None
+
+
+async def _take(
+    request: Request, service: Service, dataset: str, how: _How, stages: Stages
+) -> tuple[dict[str, Any], list[Awaited]]:
+    """Give the answer and what has yet to be scored. The body and the rows end here: a wait must not hold them."""
+    body = await read_body(
+        request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
+    )
+    stages.end("read")
+    return await service.in_thread(_store, service, dataset, body, how, stages)
+
+
 def _store(
-    service: Service, dataset: str, body: bytes, stages: Stages, *, kind: str, abort: bool
-) -> tuple[ValidRows, Receipt]:
+    service: Service, dataset: str, body: bytes, how: _How, stages: Stages
+) -> tuple[dict[str, Any], list[Awaited]]:
     """Validate, append, count."""
-    spec = service.catalog.current().spec(dataset)
-    validate = validate_arrow if kind == ARROW_STREAM else validate_json
+    catalog = service.catalog.current()
+    spec = catalog.spec(dataset)
+    validate = validate_arrow if how.kind == ARROW_STREAM else validate_json
     rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
     stages.end("validate")
     try:
-        refuse_bad_rows(rows, abort=abort)
+        refuse_bad_rows(rows, abort=how.abort)
     except InvalidRowsError:
         count_refused(service.metrics, dataset, rows)
         raise
-    chunks = encode_chunks(dataset, spec, rows.batch)
+    chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
     stages.end("encode")
     floor = service.guard.floor(dataset)
     max_bytes = max(1, service.settings.max_backlog_bytes // spec.partitions)
@@ -125,7 +143,9 @@ def _store(
         raise _with_holder(service, dataset, error) from None
     stages.end("append")
     count_rows(service.metrics, dataset, rows, receipt)
-    return rows, receipt
+    fms = [name for name, record in catalog.fms.get(dataset, {}).items() if record.required]
+    awaited = awaited_rows(rows.batch, spec, fms) if how.wait else []
+    return answer_body(rows, receipt, rejected=rows.num_refused), awaited
 
 
 def _with_holder(service: Service, dataset: str, error: OverloadedError) -> OverloadedError:
@@ -135,14 +155,11 @@ def _with_holder(service: Service, dataset: str, error: OverloadedError) -> Over
     return OverloadedError(detail, code=error.code, retry_after_seconds=error.retry_after_seconds or 1)
 
 
-async def _wait(service: Service, dataset: str, rows: ValidRows, timeout_seconds: float) -> bool:
+async def _wait(service: Service, dataset: str, awaited: list[Awaited], timeout_seconds: float) -> bool:
     """Give whether the rows got supervision of every required FM in time; not, if too many wait already."""
-    catalog = await service.in_thread(service.current_catalog)
-    fms = [name for name, record in catalog.fms.get(dataset, {}).items() if record.required]
-    awaited = awaited_rows(rows.batch, catalog.spec(dataset), fms)
 
-    async def look(items: list[Awaited]) -> Any:  # noqa: ANN401 - what still_awaited gives
-        return await service.in_thread(still_awaited, service.client, dataset, items)
+    async def look(items: list[Awaited]) -> tuple[list[Awaited], int]:
+        return await service.in_wait_thread(still_awaited, service.client, dataset, items)
 
     try:
         with service.waits.hold():

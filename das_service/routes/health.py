@@ -2,6 +2,7 @@
 
 import time
 
+import anyio
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
@@ -9,6 +10,7 @@ from das_service.routes.names import ServiceOf
 from das_service.watch.readiness import readiness_problems, write_probe
 
 router = APIRouter(tags=["health"])
+_PROBE_SECONDS = 2.0
 
 _NOT_READY = {
     "description": "Not ready; `problems` says why, in plain words.",
@@ -26,7 +28,9 @@ async def get_live() -> dict[str, str]:
 async def get_ready(service: ServiceOf) -> JSONResponse:
     """Say whether rows can be taken, scored and committed now, after a write to the server."""
     problems = readiness_problems(service.monitor.findings, service.settings, now=time.monotonic())
-    failure = await service.in_thread(write_probe, service.ready)
+    failure: str | None = f"a write to the Redis or Valkey server did not begin within {_PROBE_SECONDS:g} s"
+    with anyio.move_on_after(_PROBE_SECONDS):  # what has begun ends by the connection's own time-out
+        failure = await service.in_probe_thread(write_probe, service.ready)
     if failure is not None:
         problems = [failure, *problems]
     body = {"ready": not problems, "problems": problems, "durability": service.settings.durability}
@@ -36,4 +40,7 @@ async def get_ready(service: ServiceOf) -> JSONResponse:
 @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus")
 async def get_metrics(service: ServiceOf) -> Response:
     """Give the metrics of this process."""
+    # what the monitor has found, without a write to the server: a scrape must not hang with a dependency
+    problems = readiness_problems(service.monitor.findings, service.settings, now=time.monotonic())
+    service.metrics.ready.set(not problems)
     return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -24,7 +24,10 @@ FmQuery = Annotated[str, Query(pattern=NAME_PATTERN, description="Name of the FM
 
 
 class FmStatus(BaseModel):
-    """How far an FM is. scored and failed: rows in its tables; pending: rows in its logs before that."""
+    """How far an FM is.
+
+    scored and failed: rows in its tables; pending: rows in its logs before that, and those it has still to be fed.
+    """
 
     fm: str
     required: bool
@@ -33,20 +36,22 @@ class FmStatus(BaseModel):
     scored: int
     failed: int
     pending: int
-    coverage: float | None = Field(description="scored / (scored + failed + pending).")
+    diverted: int = Field(description="Outcomes that its tables would not take; they lie in dead_chunks.")
+    coverage: float | None = Field(description="scored / (scored + failed + pending + diverted).")
     backlog_entries: int
     backlog_bytes: int
     oldest_age_seconds: float
 
 
 class DatasetStatus(BaseModel):
-    """Where a dataset's rows are: accepted = distinct + duplicates + conflicting + in_log."""
+    """Where a dataset's rows are: accepted = distinct + duplicates + conflicting + diverted + in_log."""
 
     dataset: str
     accepted: int
     distinct: int
     duplicates: int
     conflicting: int
+    diverted: int = Field(description="Accepted and not taken by the table; they lie in dead_chunks.")
     in_log: int = Field(description="Accepted and not committed to the table yet.")
     backlog_bytes: int
     fms: dict[str, FmStatus]

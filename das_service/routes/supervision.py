@@ -1,9 +1,11 @@
 """Handing supervision out of the online store."""
 
 import base64
+import math
 from datetime import datetime
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,14 +17,9 @@ from das_service.door.stages import Stages
 from das_service.errors import InvalidRowsError
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.service import Service
-from das_service.supervision.lookup import (
-    EmbeddingFormat,
-    Found,
-    LookupQuery,
-    Rows,
-    UnknownSnapshotNumberError,
-    lookup_rows,
-)
+from das_service.supervision.answer import EmbeddingFormat, LookupQuery
+from das_service.supervision.answer_size import refuse_large_answer
+from das_service.supervision.lookup import Found, Rows, UnknownSnapshotNumberError, lookup_rows
 from das_service.supervision.lookup_body import LookupBody, parse_lookup_arrow, parse_lookup_json
 from schemas.wire import ARROW_STREAM, JSON, write_stream
 
@@ -72,8 +69,8 @@ async def post_lookup(
     kind = data_type(request)
     wanted = answer_type(request, kind, JSON if kind == ARROW_STREAM else ARROW_STREAM)
     query = LookupQuery(
-        fms=_names(fms),
-        outputs=None if outputs is None else _names(outputs),
+        fms=names_of(fms),
+        outputs=None if outputs is None else names_of(outputs),
         embedding_format=embedding_format,
         max_freshness_gap_seconds=max_freshness_gap_seconds,
     )
@@ -86,7 +83,8 @@ async def post_lookup(
     return Response(content, media_type=wanted, headers=stages.headers())
 
 
-def _names(values: list[str]) -> tuple[str, ...]:
+def names_of(values: list[str]) -> tuple[str, ...]:
+    """Give names that came repeated or separated by commas, each once."""
     return tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))
 
 
@@ -101,7 +99,7 @@ def _answer(
     else:
         rows, query = parse_lookup_json(body, service.limits)
     stages.end("parse")
-    found = _find(service, dataset, rows, query)
+    found = _find(service, dataset, rows, query, as_json=kinds[1] == JSON)
     for fm, counts in found.counts.items():
         service.coverage.count(dataset, fm, counts)
     stages.end("fetch")
@@ -113,11 +111,18 @@ def _answer(
     return content
 
 
-def _find(service: Service, dataset: str, rows: Rows, query: LookupQuery) -> Found:
+def _find(service: Service, dataset: str, rows: Rows, query: LookupQuery, *, as_json: bool) -> Found:
+    def look() -> Found:
+        catalog = service.catalog.current()
+        records = [catalog.fm(dataset, fm) for fm in query.fms]
+        max_bytes = service.settings.max_answer_bytes
+        refuse_large_answer(len(rows.example_id), records, query, as_json=as_json, max_bytes=max_bytes)
+        return lookup_rows(service.client, catalog, dataset, rows, query)
+
     try:
-        return lookup_rows(service.client, service.catalog.current(), dataset, rows, query)
+        return look()
     except UnknownSnapshotNumberError:  # a snapshot was registered and scored since the catalog was read
-        return lookup_rows(service.client, service.catalog.current(), dataset, rows, query)
+        return look()
 
 
 def plain_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -131,10 +136,15 @@ def _columns(batch: pa.RecordBatch) -> list[tuple[str, pa.Array]]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Give a value as JSON has it: a float that is no number as null, what JSON has no type for as text."""
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, list):
-        return [float(item) for item in value]
-    return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, str | int) else str(value)

@@ -67,10 +67,7 @@ class Cut:
             LogGapError: An entry is missing between two.
         """
         for partition, entry in in_order(reply):
-            if not follows(self.at[partition], entry.position):
-                last = self.at[partition]
-                where = "the beginning" if last is None else last.entry_id
-                raise LogGapError("log_lost", f"partition {partition} has {entry.position.entry_id} after {where}")
+            refuse_hole(partition, self.at[partition], entry.position)
             days = self._days | self.days_of(entry)
             fits = (
                 self._rows + entry.num_rows <= self.bounds.num_rows
@@ -91,6 +88,17 @@ def in_order(reply: Mapping[int, Sequence[Entry]]) -> Iterator[tuple[int, Entry]
     """Give (partition, entry), the oldest first; within a partition always in the order of the log."""
     pairs = [[(partition, entry) for entry in entries] for partition, entries in sorted(reply.items())]
     return heapq.merge(*pairs, key=lambda pair: pair[1].taken_at_us)
+
+
+def refuse_hole(partition: int, last: Position | None, position: Position) -> None:
+    """Raise unless an entry is the very next one after the last.
+
+    Raises:
+        LogGapError: An entry is missing between the two.
+    """
+    if not follows(last, position):
+        where = "the beginning" if last is None else last.entry_id
+        raise LogGapError("log_lost", f"partition {partition} has {position.entry_id} after {where}")
 
 
 def refuse_gap(found: LogCounters | None, position: Position | None, *, epoch: int, where: str) -> LogCounters:

@@ -173,14 +173,14 @@ class DatasetSink:
                 self._trim(EXAMPLES)
 
     def _catch_up(self) -> None:
-        """Feed FMs what they have to get from the examples table, once their own tables are up to date."""
+        """Feed FMs what they have to get from the examples table, once the tables have all that survived a loss."""
         examples = self._feeds.get(EXAMPLES)
         if self._rescorer is None or examples is None or not examples.positions:
             return
         until = time.monotonic() + _CATCH_UP_SECONDS
         for fm in self._fms:
-            outcomes = [self._feeds.get(kind) for kind in (scored_log(fm), dead_log(fm))]
-            if any(feed is not None and feed.has_older_epochs for feed in outcomes):
+            feeds = [self._feeds.get(kind) for kind in (EXAMPLES, scored_log(fm), dead_log(fm))]
+            if any(feed is not None and feed.has_older_epochs for feed in feeds):
                 continue
             while self._rescorer.has_room(fm) and self._rescorer.feed(fm) is not None and time.monotonic() < until:
                 pass

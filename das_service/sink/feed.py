@@ -20,19 +20,19 @@ from deltalake.exceptions import DeltaError
 
 from das_service.folder import Folder
 from das_service.logs.records import EXAMPLES, LogsFile
-from das_service.logs.streams import LogCounters, read_after
+from das_service.logs.streams import LogCounters, read_after, read_raw_after
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
 from das_service.settings import Settings
-from das_service.sink.commit_cut import Bounds, Cut, LogGapError, Waiting, in_order, refuse_gap
+from das_service.sink.commit_cut import Bounds, Cut, LogGapError, Waiting, refuse_gap, refuse_hole
 from das_service.sink.compaction import compact_step
-from das_service.sink.dead_chunks import divert
+from das_service.sink.dead_chunks import RawEntry, divert
 from das_service.sink.identity import Known, Verdict, settle_identity
 from das_service.sink.table_rows import NewerSchemaError, TableContent
 from das_service.tables.duck import Duck
 from das_service.tables.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
 from das_service.tables.offline_store import rows_at
-from schemas.entries import Entry, Position
+from schemas.entries import Entry, NewerFormatError, Position, parse_entry, parse_position
 from schemas.tables import EVENT_DAY
 
 log = logging.getLogger("das.sink")
@@ -283,7 +283,10 @@ class Feed:
                     conflicting=len(verdict.conflicting),
                     mended=self._count_mended(kept),
                 )
-        self._base |= {partition: (entry.rows_total, entry.bytes_total) for partition, entry in taken}
+        for partition, entry in taken:
+            self._base[partition] = (entry.rows_total, entry.bytes_total)
+            if entry.trace:
+                log.debug("%s: %d/%s, trace %s", self._name, partition, entry.position.entry_id, entry.trace_id)
         self._count()
         self._report_freshness(rows)
 
@@ -300,25 +303,25 @@ class Feed:
     def _commit_one_by_one(self, waiting: Waiting) -> bool:
         """Commit each entry by itself; one that can't be goes to `dead_chunks` and its position is passed."""
         count = waiting.entries_per_read(len(self.positions))
-        taken = list(
-            in_order(read_after(self._work.client, self.table.dataset, self.kind, self.positions, count=count))
-        )
-        for partition, entry in taken:
-            try:
-                self._commit([(partition, entry)])
-            except Exception as error:
-                if _is_systemic(error):
-                    raise
-                self._divert(partition, entry, error)
-        return bool(taken)
+        reply = read_raw_after(self._work.client, self.table.dataset, self.kind, self.positions, count=count)
+        for partition, raw_entries in reply.items():
+            for entry_id, fields in raw_entries:
+                refuse_hole(partition, self.positions[partition], parse_position(entry_id))
+                try:
+                    self._commit([(partition, parse_entry(entry_id, fields))])
+                except Exception as error:
+                    if _is_systemic(error):
+                        raise
+                    self._divert(partition, RawEntry(entry_id, fields), error)
+        return any(reply.values())
 
-    def _divert(self, partition: int, entry: Entry, error: Exception) -> None:
+    def _divert(self, partition: int, entry: RawEntry, error: Exception) -> None:
         """Put an entry into `dead_chunks` and pass it, unless its commit went through before it failed."""
         self.table.open(epoch=self.epoch)
-        at = self.table.state.positions.get(partition)
-        if at is not None and at.number >= entry.position.number:
+        at, position = self.table.state.positions.get(partition), entry.position
+        if at is not None and at.number >= position.number:
             return
-        log.error("%s: entry %s goes to dead_chunks", self._name, entry.position.entry_id, exc_info=error)
+        log.error("%s: entry %s goes to dead_chunks", self._name, position.entry_id, exc_info=error)
         divert(
             self._work.folder,
             self.table.dataset,
@@ -329,7 +332,7 @@ class Feed:
             retention_hours=self._work.settings.retention_hours,
         )
         self._work.metrics.dead_chunks.labels(self.table.dataset, self.kind).inc()
-        self.table.commit(self._content.schema.empty_table(), {partition: entry.position})
+        self.table.commit(self._content.schema.empty_table(), {partition: position}, diverted=entry.num_rows)
 
     def _note(self, error: Exception, now: float) -> None:
         """Say what went wrong, and when to try again; the table is opened anew."""
@@ -376,7 +379,7 @@ class Feed:
 def _is_systemic(error: Exception) -> bool:
     """Give whether an error says nothing about the rows: another owner, the disk, memory, the server, the log."""
     kinds = (
-        LostOwnershipError, TableBehindMarkError, LogGapError, NewerSchemaError,
+        LostOwnershipError, TableBehindMarkError, LogGapError, NewerSchemaError, NewerFormatError,
         OSError, MemoryError, duckdb.IOException, duckdb.OutOfMemoryException, redis.RedisError,
     )  # fmt: skip
     return isinstance(error, kinds) or (isinstance(error, DeltaError) and "os error" in str(error))

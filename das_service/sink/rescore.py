@@ -1,153 +1,66 @@
 """Examples that an FM gets by its rescore log: those it skipped when it left the examples log, lost and failed ones.
 
-They are read from the `examples` table and appended in the format that they came in with. What is still to be fed lies
-beside the tables (`_das/rescore.<fm>.json`, fsynced) and shrinks after each append, so that a crash feeds an example
-twice rather than never; the sink drops a second supervision row. The sink feeds while the rescore log has room.
+They are read from the `examples` table and appended in the format that they came in with. What is still to be fed is
+the plan (rescore_plan.py), which shrinks after each append, so that a crash feeds an example twice rather than never;
+the sink drops a second supervision row. The sink feeds while the log has room. Lost examples that have a score in the
+online store are not scored again: it is published as it stands (online_scores.py).
 """
 
-import datetime as dt
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import redis
-from numpy.typing import NDArray
 
+from das_service.errors import UnavailableError
 from das_service.folder import Folder
 from das_service.ingest import encode_chunks
-from das_service.logs.records import EXAMPLES, rescore_log
-from das_service.logs.streams import AppendLimits, append_chunks, read_counters, read_groups
+from das_service.logs.backlog import Reader, read_ranges, read_unfinished
+from das_service.logs.records import EXAMPLES, rescore_log, scored_log
+from das_service.logs.streams import AppendLimits, Chunk, append_chunks, read_counters, show_planned
 from das_service.redis_client import run_script
+from das_service.registry import read_catalog
 from das_service.settings import MIB
+from das_service.sink.online_scores import scores_in_store
+from das_service.sink.rescore_plan import (
+    Gap,
+    Int64s,
+    Loss,
+    LostDay,
+    Plan,
+    add_rows,
+    count_by_partition,
+    files_between,
+    in_gaps,
+    is_lost,
+    plan_name,
+    plan_of_loss,
+    read_loss,
+    read_plan,
+    with_counted_slice,
+    with_fed_gaps,
+    with_fed_slice,
+    with_gaps,
+    write_plan,
+)
 from das_service.sink.table_rows import example_chunk
 from das_service.tables.duck import Duck
-from das_service.tables.offline_store import DataFile, TableReader, table_place
+from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import Position, parse_position
 from schemas.tables import EXAMPLE_HASH, dead_letters_table, supervision_table
 
 RESCORE_BYTES = 256 * MIB
-_FORMAT = 1
+_START_FORMAT = 1
 _ANY_BYTES = 1 << 40
 _BATCH_ROWS = 20_000
 _MOST_POSITIONS = 16
-Int64s = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gap:
-    """Entries of the examples log that an FM did not get there: log positions (numbers), both inclusive."""
-
-    partition: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LostDay:
-    """An event day on which supervision may be missing: what is neither scored nor dead-lettered is to be fed.
-
-    The day is worked off in slices of the hash space; their number is a power of two.
-    """
-
-    day: dt.date
-    num_slices: int
-    next_slice: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
-    """What of one partition of `examples` lost days are about: log positions in [start, end), less those in the log.
-
-    start: where the FM began; end: where the epoch after the loss begins. pending: first and last position, inclusive,
-    that the FM still gets by the examples log.
-    """
-
-    start: int
-    end: int
-    pending: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What an FM has still to be fed. reaches: by partition, for the days."""
-
-    gaps: tuple[Gap, ...] = ()
-    days: tuple[LostDay, ...] = ()
-    reaches: tuple[Reach, ...] = ()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to feed."""
-        return not self.gaps and not self.days
-
-
-def plan_name(dataset: str, fm: str) -> str:
-    """Give the name of the file that holds an FM's plan."""
-    return f"{dataset}/_das/rescore.{fm}.json"
-
-
-def read_plan(folder: Folder, dataset: str, fm: str) -> Plan:
-    """Give what an FM has still to be fed."""
-    data = folder.read(plan_name(dataset, fm))
-    if data is None:
-        return Plan()
-    record = json.loads(data)
-    return Plan(
-        gaps=tuple(Gap(**gap) for gap in record["gaps"]),
-        days=tuple(LostDay(**{**lost, "day": dt.date.fromisoformat(lost["day"])}) for lost in record["days"]),
-        reaches=tuple(
-            Reach(
-                start=reach["start"],
-                end=reach["end"],
-                pending=None if reach["pending"] is None else (*reach["pending"],),
-            )
-            for reach in record["reaches"]
-        ),
-    )
-
-
-def write_plan(folder: Folder, dataset: str, fm: str, plan: Plan) -> None:
-    """Record durably what an FM has still to be fed."""
-    record = {
-        "format": _FORMAT,
-        "gaps": [asdict(gap) for gap in merge_gaps(plan.gaps)],
-        "days": [{**asdict(lost), "day": lost.day.isoformat()} for lost in plan.days],
-        "reaches": [asdict(reach) for reach in plan.reaches],
-    }
-    folder.write(plan_name(dataset, fm), json.dumps(record).encode())
-
-
-def merge_gaps(gaps: Sequence[Gap]) -> list[Gap]:
-    """Give the same positions as gaps that neither overlap nor touch, by partition and position."""
-    merged: list[Gap] = []
-    for gap in sorted(gaps, key=lambda g: (g.partition, g.first)):
-        before = merged[-1] if merged else None
-        if before is not None and before.partition == gap.partition and gap.first <= before.last + 1:
-            merged[-1] = replace(before, last=max(before.last, gap.last))
-        else:
-            merged.append(gap)
-    return merged
-
-
-def first_needed(client: redis.Redis, dataset: str, partitions: Sequence[int], fm: str) -> dict[int, Position]:
-    """Give the first entry of the examples log that an FM has not finished; absent where it has no group."""
-    group = keys.group(fm)
-    found = {}
-    for partition, groups in read_groups(client, dataset, partitions, EXAMPLES).items():
-        state = groups.get(group)
-        if state is None:
-            continue
-        last = state.last_delivered
-        found[partition] = Position(epoch=max(1, last.epoch), seq=last.seq + 1 if last.epoch else 0)
-        if state.pending:
-            lowest = client.xpending(keys.log(dataset, partition, EXAMPLES), group)["min"]
-            found[partition] = parse_position(lowest) if lowest else found[partition]
-    return found
+_SLICE = f"({EXAMPLE_HASH} & $mask) = $slice"
+_OUTCOMES = f"SELECT example_id, {EXAMPLE_HASH} FROM read_parquet(${{name}}) WHERE {_SLICE}"  # noqa: S608 - our own names
+_NONE = f"SELECT NULL::VARCHAR AS example_id, NULL::BIGINT AS {EXAMPLE_HASH} LIMIT 0"
 
 
 def keep_starts(client: redis.Redis, folder: Folder, dataset: str, partitions: int, fm: str) -> dict[int, Position]:
@@ -161,7 +74,7 @@ def keep_starts(client: redis.Redis, folder: Folder, dataset: str, partitions: i
         pipeline.hget(keys.counters(dataset, partition), f"start:{fm}:{EXAMPLES}")
     starts = {p: parse_position(entry_id) for p, entry_id in enumerate(pipeline.execute()) if entry_id is not None}
     if len(starts) == partitions:
-        record = {"format": _FORMAT, "start": {str(p): at.entry_id for p, at in starts.items()}}
+        record = {"format": _START_FORMAT, "start": {str(p): at.entry_id for p, at in starts.items()}}
         folder.write(name, json.dumps(record).encode())
     return starts
 
@@ -173,25 +86,49 @@ def leave_log(
 
     The gaps are durable before the group moves, so that a crash in between feeds examples twice, never not at all.
     """
-    needed = first_needed(client, dataset, sorted(positions), fm)
-    gaps = []
-    for partition, position in positions.items():
-        first = needed.get(partition)
-        if position is not None and first is not None and first.number <= position.number:
-            gaps.append(Gap(partition=partition, first=first.number, last=position.number))
+    gaps, rows = [], [0] * len(positions)
+    for partition, at in positions.items():
+        ranges = _ranges_up_to(client, dataset, partition, fm, at)
+        gaps += [Gap(partition=partition, first=first, last=last) for first, last in ranges]
+        if ranges:
+            rows[partition] = _rows_up_to(client, dataset, partition, fm, at)
     if gaps:
-        plan = read_plan(folder, dataset, fm)
-        write_plan(folder, dataset, fm, replace(plan, gaps=(*plan.gaps, *gaps)))
-    for gap in gaps:
-        at = positions[gap.partition]
-        if at is not None:
-            name = keys.log(dataset, gap.partition, EXAMPLES)
-            run_script(client, "leave", [name], [keys.group(fm), at.epoch, at.seq])
+        plan = with_gaps(read_plan(folder, dataset, fm), gaps, rows)
+        save_plan(client, folder, dataset, fm, plan, partitions=len(positions))
+    for partition in sorted({gap.partition for gap in gaps}):
+        if (at := positions[partition]) is not None:
+            run_script(client, "leave", [keys.log(dataset, partition, EXAMPLES)], [keys.group(fm), at.epoch, at.seq])
     return gaps
 
 
+def _ranges_up_to(
+    client: redis.Redis, dataset: str, partition: int, fm: str, at: Position | None
+) -> list[tuple[int, int]]:
+    if at is None:
+        return []
+    return read_ranges(client, dataset, partition, EXAMPLES, keys.group(fm), last=at.number) or []
+
+
+def _rows_up_to(client: redis.Redis, dataset: str, partition: int, fm: str, at: Position | None) -> int:
+    """Give how many rows up to a position an FM has not finished, if it holds none of what lies behind."""
+    readers = [
+        Reader(partition=partition, kind=EXAMPLES, group=keys.group(fm)),
+        Reader(partition=partition, kind=EXAMPLES, after=at),
+    ]
+    unfinished, behind = read_unfinished(client, dataset, readers)
+    return max(0, unfinished.rows - behind.rows)
+
+
+def save_plan(
+    client: redis.Redis, folder: Folder, dataset: str, fm: str, plan: Plan, *, partitions: int
+) -> None:  # fmt: skip
+    """Record durably what an FM has still to be fed, and then show it."""
+    write_plan(folder, dataset, fm, plan)
+    show_planned(client, dataset, fm, plan.rows_by_partition(partitions))
+
+
 class Rescorer:
-    """Feeds the FMs of one dataset from its examples table. One thread."""
+    """Feeds the FMs of one dataset from its examples table. One thread, which owns the plans."""
 
     def __init__(
         self, client: redis.Redis, folder: Folder, duck: Duck, *, dataset: str, spec: DatasetSpec, epoch: int
@@ -203,25 +140,62 @@ class Rescorer:
         self._spec = spec
         self._epoch = epoch
         self._examples = TableReader(table_place(folder, dataset, EXAMPLES))
+        self._losses: dict[str, Loss | None] = {}
+        self._shown: set[str] = set()
 
     def has_room(self, fm: str) -> bool:
-        """Give whether an FM's rescore log is short enough to be fed."""
-        kind = rescore_log(fm)
-        found = read_counters(self._client, self._dataset, range(self._spec.partitions), [kind])
+        """Give whether the logs that an FM is fed by are short enough."""
+        kinds = [rescore_log(fm), scored_log(fm)]
+        found = read_counters(self._client, self._dataset, range(self._spec.partitions), kinds)
         return sum(counters.kept_bytes for counters in found.values()) < RESCORE_BYTES
 
     def feed(self, fm: str) -> int | None:
         """Append the next part of what an FM has to be fed; give how many examples that were, None when all is done.
 
-        A part is a few log positions, or a slice of a day. The caller sees to it that the rescore log has room.
+        A part is a few log positions, or a slice of a day that is counted or fed; all days are counted first. The
+        caller sees to it that the logs have room, and that what survived a loss is in the tables.
         """
-        plan = read_plan(self._folder, self._dataset, fm)
-        if plan.is_done:
+        plan, loss = read_plan(self._folder, self._dataset, fm), self._loss(fm)
+        is_new = loss is not None and loss.epoch > plan.epoch
+        if plan.is_done and not is_new:
+            self._show(fm, plan)
             return None
         self._examples.refresh()
-        num_rows, left = self._feed_gaps(fm, plan) if plan.gaps else self._feed_slice(fm, plan)
-        write_plan(self._folder, self._dataset, fm, left)
+        num_rows, left = self._next_part(fm, plan, loss)
+        save_plan(self._client, self._folder, self._dataset, fm, left, partitions=self._spec.partitions)
         return num_rows
+
+    def _next_part(self, fm: str, plan: Plan, loss: Loss | None) -> tuple[int, Plan]:
+        """Do the next part of a plan; give how many examples were fed, and what is left."""
+        if loss is not None and loss.epoch > plan.epoch:
+            return 0, plan_of_loss(loss, self._examples.days)
+        uncounted = next((lost for lost in plan.days if not lost.is_counted), None)
+        if loss is not None and uncounted is not None:
+            return 0, with_counted_slice(plan, self._count_slice(fm, uncounted, loss))
+        if plan.gaps:
+            return self._feed_gaps(fm, plan)
+        if loss is None:
+            raise ValueError(f"{plan_name(self._dataset, fm)} names event days, and no recovery said of which rows")
+        return self._feed_slice(fm, plan, loss)
+
+    def _loss(self, fm: str) -> Loss | None:
+        """Give what the last recovery says, None if there was none.
+
+        Raises:
+            UnavailableError: A recovery is under way: what it writes down is not to be used yet.
+        """
+        if self._epoch > 1 and fm not in self._losses:
+            self._losses[fm] = read_loss(self._folder, self._dataset, fm)
+        loss = self._losses.get(fm)
+        if loss is not None and loss.epoch > self._epoch:
+            raise UnavailableError(f"`das recover` is at work on dataset {self._dataset}", code="log_rewound")
+        return loss
+
+    def _show(self, fm: str, plan: Plan) -> None:
+        """Show a plan, once: who wrote it may have died before."""
+        if fm not in self._shown:
+            show_planned(self._client, self._dataset, fm, plan.rows_by_partition(self._spec.partitions))
+            self._shown.add(fm)
 
     def replay_dead_letters(self, fm: str, *, example_ids: Collection[str] | None = None) -> int:
         """Append the examples (these ids, default all) that an FM failed on and has not scored since; give how many.
@@ -236,33 +210,31 @@ class Rescorer:
         num_rows = 0
         for day in sorted(dead.days):
             sources = {"dead": dead.files_of_days([day]), "scored": scored.files_of_days([day])}
-            for rows in self._iter_rows(self._examples.files_of_days([day]), condition, sources=sources):
+            files, values = self._examples.files_of_days([day]), {"mask": 0, "slice": 0}
+            for rows in self._iter_rows(files, condition, values=values, sources=sources):
                 chosen = rows if wanted is None else rows.filter(pc.is_in(rows["example_id"], wanted))
-                num_rows += self._append(fm, chosen, max_bytes=RESCORE_BYTES)
+                num_rows += self._append_examples(fm, chosen, max_bytes=RESCORE_BYTES)
         return num_rows
 
     def _feed_gaps(self, fm: str, plan: Plan) -> tuple[int, Plan]:
         """Feed the lowest positions of all gaps at once: entries of one position lie side by side in the table."""
         first = self._next_position(min(gap.first for gap in plan.gaps))
         if first is None:
-            return 0, replace(plan, gaps=())
+            return 0, replace(plan, gaps=(), gap_rows=())
         last = first + max(1, _MOST_POSITIONS // self._spec.partitions) - 1
-        files = self._examples.paths(
-            file for files in self._examples.days.values() for file in files if _overlaps(file, first, last)
-        )
         condition = "e.log_position BETWEEN $first AND $last"
-        num_rows = 0
-        for rows in self._iter_rows(files, condition, values={"first": first, "last": last}):
-            inside = in_gaps(rows["log_position"].to_numpy(), self._partitions(rows), plan.gaps)
-            num_rows += self._append(fm, rows.filter(pa.array(inside)))
-        left = [replace(gap, first=max(gap.first, last + 1)) for gap in plan.gaps if gap.last > last]
-        return num_rows, replace(plan, gaps=tuple(left))
+        values = {"first": first, "last": last}
+        fed = [0] * self._spec.partitions
+        for rows in self._iter_rows(self._files_between(first, last), condition, values=values):
+            partitions = self._partitions(rows)
+            inside = in_gaps(rows["log_position"].to_numpy(), partitions, plan.gaps)
+            self._append_examples(fm, rows.filter(pa.array(inside)))
+            fed = add_rows(fed, count_by_partition(partitions[inside], len(fed)))
+        return sum(fed), with_fed_gaps(plan, last, fed)
 
     def _next_position(self, first: int) -> int | None:
         """Give the lowest log position in the table from `first` on, None past its end: epochs lie far apart."""
-        files = self._examples.paths(
-            file for files in self._examples.days.values() for file in files if _overlaps(file, first, None)
-        )
+        files = self._files_between(first, None)
         if not files:
             return None
         query = "SELECT min(log_position) AS first FROM read_parquet($files) WHERE log_position >= $first"
@@ -270,21 +242,42 @@ class Rescorer:
             ((found,),) = cursor.execute(query, {"files": files, "first": first}).fetchall()
         return None if found is None else int(found)
 
-    def _feed_slice(self, fm: str, plan: Plan) -> tuple[int, Plan]:
-        """Feed what one slice of a day lacks."""
-        lost = plan.days[0]
+    def _files_between(self, first: int, last: int | None) -> list[str]:
+        each = (file for files in self._examples.days.values() for file in files_between(files, first, last))
+        return self._examples.paths(each)
+
+    def _count_slice(self, fm: str, lost: LostDay, loss: Loss) -> list[int]:
+        """Give how many rows of the next slice of an event day are lost, by partition."""
+        rows = [0] * self._spec.partitions
+        for found in self._iter_lost(fm, lost, loss, columns="e.example_id, e.log_position"):
+            rows = add_rows(rows, count_by_partition(self._partitions(found), len(rows)))
+        return rows
+
+    def _feed_slice(self, fm: str, plan: Plan, loss: Loss) -> tuple[int, Plan]:
+        """Feed what the next slice of the first day lacks: scores that stand online as they are, the rest to score."""
+        fed, catalog = [0] * self._spec.partitions, read_catalog(self._client)
+        for rows in self._iter_lost(fm, plan.days[0], loss, columns="e.*"):
+            is_scored, chunks = scores_in_store(self._client, catalog, self._dataset, fm, rows)
+            self._append(chunks)
+            self._append_examples(fm, rows.filter(pa.array(~is_scored)))
+            fed = add_rows(fed, count_by_partition(self._partitions(rows), len(fed)))
+        return sum(fed), with_fed_slice(plan, fed)
+
+    def _iter_lost(self, fm: str, lost: LostDay, loss: Loss, *, columns: str) -> Iterator[pa.Table]:
+        """Give what the next slice of a day lacks: rows that the loss is about and that have no outcome in a table."""
         dead, scored = self._reader(dead_letters_table(fm)), self._reader(supervision_table(fm))
-        condition = f"(e.{EXAMPLE_HASH} & $mask) = $slice AND NOT {_exists('dead')} AND NOT {_exists('scored')}"
-        values = {"mask": lost.num_slices - 1, "slice": lost.next_slice}
+        condition = (
+            f"{_SLICE} AND e.log_position BETWEEN $first AND $last "
+            f"AND NOT {_exists('dead')} AND NOT {_exists('scored')}"
+        )
+        values = {
+            "mask": lost.num_slices - 1, "slice": lost.next_slice, "first": loss.first, "last": loss.last,
+        }  # fmt: skip
         sources = {"dead": dead.files_of_days([lost.day]), "scored": scored.files_of_days([lost.day])}
-        files = self._examples.files_of_days([lost.day])
-        num_rows = 0
-        for rows in self._iter_rows(files, condition, values=values, sources=sources):
-            inside = is_lost(rows["log_position"].to_numpy(), self._partitions(rows), plan.reaches)
-            num_rows += self._append(fm, rows.filter(pa.array(inside)))
-        following = replace(lost, next_slice=lost.next_slice + 1)
-        left = () if following.next_slice == lost.num_slices else (following,)
-        return num_rows, replace(plan, days=(*left, *plan.days[1:]))
+        files = self._examples.paths(files_between(self._examples.days.get(lost.day, []), loss.first, loss.last))
+        for rows in self._iter_rows(files, condition, values=values, sources=sources, columns=columns):
+            inside = is_lost(rows["log_position"].to_numpy(), self._partitions(rows), loss.reaches)
+            yield rows.filter(pa.array(inside))
 
     def _reader(self, table: str) -> TableReader:
         reader = TableReader(table_place(self._folder, self._dataset, table))
@@ -296,65 +289,41 @@ class Rescorer:
         files: Sequence[str],
         condition: str,
         *,
-        values: Mapping[str, int] | None = None,
+        values: Mapping[str, int],
         sources: Mapping[str, Sequence[str]] | None = None,
+        columns: str = "e.*",
     ) -> Iterator[pa.Table]:
         """Give the rows of examples files that fulfil a condition, some thousands at a time.
 
-        sources: Parquet files of the tables that the condition names; a table without files is empty.
+        sources: Parquet files of the tables that the condition names, of which the slice of `values` is read; a table
+        without files is empty.
         """
         if not files:
             return
         named = {name: list(paths) for name, paths in (sources or {}).items() if paths}
-        empty = f"SELECT NULL::VARCHAR AS example_id, NULL::BIGINT AS {EXAMPLE_HASH} LIMIT 0"
-        tables = [
-            f"{name} AS ({f'SELECT example_id, {EXAMPLE_HASH} FROM read_parquet(${name})' if name in named else empty})"  # noqa: S608 - our own names
-            for name in sources or {}
-        ]
+        tables = [f"{name} AS ({_OUTCOMES.format(name=name) if name in named else _NONE})" for name in sources or {}]
         known = f"WITH {', '.join(tables)} " if tables else ""
-        query = f"{known}SELECT e.* FROM read_parquet($files, union_by_name = true) e WHERE {condition}"  # noqa: S608
+        query = f"{known}SELECT {columns} FROM read_parquet($files, union_by_name = true) e WHERE {condition}"  # noqa: S608 - our own names
         with self._duck.cursor() as cursor:
-            relation = cursor.sql(query, params={"files": list(files), **named, **(values or {})})
+            relation = cursor.sql(query, params={"files": list(files), **named, **values})
             for batch in relation.to_arrow_reader(_BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
 
     def _partitions(self, rows: pa.Table) -> Int64s:
         return keys.partitions_of(keys.digest_array(rows["example_id"].combine_chunks()), self._spec.partitions)
 
-    def _append(self, fm: str, rows: pa.Table, *, max_bytes: int = _ANY_BYTES) -> int:
-        if rows.num_rows == 0:
-            return 0
-        chunks = encode_chunks(self._dataset, self._spec, example_chunk(rows, self._spec))
-        limits = AppendLimits(epoch=self._epoch, floors={}, max_bytes=max_bytes, dedup_seconds=1)
-        append_chunks(self._client, [replace(chunk, kind=rescore_log(fm)) for chunk in chunks], limits)
+    def _append_examples(self, fm: str, rows: pa.Table, *, max_bytes: int = _ANY_BYTES) -> int:
+        """Append rows of the examples table to the rescore log; give how many."""
+        if rows.num_rows:
+            chunks = encode_chunks(self._dataset, self._spec, example_chunk(rows, self._spec))
+            self._append([replace(chunk, kind=rescore_log(fm)) for chunk in chunks], max_bytes=max_bytes)
         return rows.num_rows
 
-
-def in_gaps(positions: Int64s, partitions: Int64s, gaps: Sequence[Gap]) -> NDArray[np.bool_]:
-    """Give which rows lie in a gap."""
-    inside = np.zeros(len(positions), bool)
-    for gap in gaps:
-        inside |= (partitions == gap.partition) & (positions >= gap.first) & (positions <= gap.last)
-    return inside
-
-
-def is_lost(positions: Int64s, partitions: Int64s, reaches: Sequence[Reach]) -> NDArray[np.bool_]:
-    """Give which rows no log brings to the FM any more."""
-    lost = np.zeros(len(positions), bool)
-    for partition, reach in enumerate(reaches):
-        inside = (positions >= reach.start) & (positions < reach.end)
-        if reach.pending is not None:
-            inside &= (positions < reach.pending[0]) | (positions > reach.pending[1])
-        lost |= (partitions == partition) & inside
-    return lost
+    def _append(self, chunks: Sequence[Chunk], *, max_bytes: int = _ANY_BYTES) -> None:
+        limits = AppendLimits(epoch=self._epoch, floors={}, max_bytes=max_bytes, dedup_seconds=1)
+        append_chunks(self._client, chunks, limits)
 
 
 def _exists(table: str) -> str:
     same = f"t.{EXAMPLE_HASH} = e.{EXAMPLE_HASH} AND t.example_id = e.example_id"
     return f"EXISTS (SELECT 1 FROM {table} t WHERE {same})"  # noqa: S608 - our own names
-
-
-def _overlaps(file: DataFile, first: int, last: int | None) -> bool:
-    if file.first_position is None or file.last_position is None:
-        return True
-    return file.last_position >= first and (last is None or file.first_position <= last)

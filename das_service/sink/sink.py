@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pyarrow as pa
+import redis
 
 from das_service.beats import instance_name
 from das_service.errors import UnavailableError
@@ -84,9 +85,9 @@ class Sink:
                 for dataset in self._datasets.values():
                     dataset.tend(now=now, is_busy=any(busy))
                 self._report(now)
-        except UNREACHABLE as error:
-            self._problems = [f"the server can't be reached: {error}"]
-            log.warning("the server can't be reached: %s", error)
+        except (*UNREACHABLE, redis.exceptions.ResponseError) as error:  # the latter: it is busy, or can't write
+            self._problems = [f"the server can't be used: {error}"]
+            log.warning("the server can't be used: %s", error)
             return False
         return any(busy)
 
@@ -99,8 +100,8 @@ class Sink:
                 if not any(busy):
                     break
             self._ownership.release()
-        except UNREACHABLE:
-            log.warning("the server can't be reached for the last commit; the log keeps the rows")
+        except (*UNREACHABLE, redis.exceptions.ResponseError):
+            log.warning("the server can't be used for the last commit; the log keeps the rows")
 
     def close(self) -> None:
         """Free what the process holds."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from das_service.metrics import Metrics
-from das_service.supervision.lookup import STATUSES
+from das_service.supervision.answer import STATUSES
 
 _HALF_LIFE_SECONDS = 60.0
 

@@ -13,7 +13,8 @@ from das_service.door.json_body import JSON_SHARE
 from das_service.door.row_errors import RowErrors
 from das_service.door.validation import BodyLimits, refuse_differences
 from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
-from das_service.supervision.lookup import EmbeddingFormat, LookupQuery, Rows
+from das_service.supervision.answer import EmbeddingFormat, LookupQuery
+from das_service.supervision.lookup import Rows
 from schemas.dataset import TIMESTAMP
 
 Gap = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -58,7 +59,7 @@ def parse_lookup_json(body: bytes, limits: BodyLimits) -> tuple[Rows, LookupQuer
     try:
         asked = LookupBody.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise body_refusal(error) from None
     _bound(len(asked.example_ids), limits)
     times = None
     if asked.event_times is not None:
@@ -85,7 +86,8 @@ def _time_array(times: tuple[datetime | None, ...]) -> pa.Array:
         raise InvalidRowsError(f"event_times: {error}", code="invalid_body") from None
 
 
-def _refusal(error: ValidationError) -> BadRequestError | InvalidRowsError:
+def body_refusal(error: ValidationError) -> BadRequestError | InvalidRowsError:
+    """Give what a JSON body of another shape is refused with."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     if found[0]["type"] == "json_invalid":
         return BadRequestError(f"the body is not JSON that we read: {found[0]['msg']}")

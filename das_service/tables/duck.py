@@ -59,3 +59,9 @@ class Duck:
         """Free the memory and the spill folder."""
         self._connection.close()
         self._spill.cleanup()
+
+
+def quoted_path(path: str) -> str:
+    """Give a path as SQL has it, with what DuckDB would take for a pattern made plain."""
+    plain = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
+    return "'" + plain.replace("'", "''") + "'"

@@ -41,7 +41,7 @@ from schemas.entries import Position
 from schemas.tables import EVENT_DAY
 
 log = logging.getLogger("das.offline_store")
-TOTALS = ("rows", "duplicates", "conflicting", "mended")
+TOTALS = ("rows", "duplicates", "conflicting", "mended", "diverted")
 
 
 class LostOwnershipError(Exception):
@@ -142,11 +142,13 @@ class DurableTable:
         duplicates: int = 0,
         conflicting: int = 0,
         mended: int = 0,
+        diverted: int = 0,
     ) -> None:
         """Add rows (none: only positions move) and move the positions of the partitions in `moved`, durably.
 
         duplicates and conflicting: rows of the same entries that were dropped; mended: rows of these whose example had
-        been a dead letter; all are added to the totals.
+        been a dead letter; diverted: rows of entries that are passed because the table does not take them; all are
+        added to the totals.
 
         Raises:
             LostOwnershipError: Somebody else has committed; nothing was.
@@ -160,6 +162,7 @@ class DurableTable:
             duplicates=before.duplicates + duplicates,
             conflicting=before.conflicting + conflicting,
             mended=before.mended + mended,
+            diverted=before.diverted + diverted,
         )
         added = write_files(self.place, rows) if rows.num_rows else []
         self._write(added, _transactions(self.table, moved, wanted))

@@ -6,6 +6,7 @@ second Ctrl-C kills. Whatever happens to the supervisor, its children end with i
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from das_service.up.embedded import NoServerError, find_server, server_arguments
 from das_service.up.service_folder import ServiceFolder, owned
 from das_service.up.service_layout import ROLES, SERVER, Layout, import_path, server_memory_bytes
 
+log = logging.getLogger("das.supervisor")
 TICK_SECONDS = 0.05
 LOG_CHECK_SECONDS = 5.0
 SLOW_START_SECONDS = 15.0
@@ -61,11 +63,12 @@ class Supervisor:
         self._signals = 0
         self._ready = False
         self._killed = False
+        self._failure = ""
         self._news = threading.Lock()
         self._logs_checked_at = 0.0
 
     def run(self) -> int:
-        """Run the service until a signal comes; give the exit code: 0 drained, 1 something had to be killed.
+        """Run the service until a signal comes; give the exit code: 0 drained, 1 something failed or had to be killed.
 
         Raises:
             FolderInUseError: Another supervisor runs on the folder.
@@ -79,12 +82,14 @@ class Supervisor:
                 reporter.start()
                 while not self._stopping.wait(TICK_SECONDS):
                     self._look()
+                if self._failure:
+                    self._say(self._failure)
                 self._say("stopping: what is in flight is finished first (Ctrl-C again: at once)")
                 reporter.join(2 * BEAT_SECONDS)
             finally:
                 self._stopping.set()
                 self._stop_everything()
-        return 1 if self._killed else 0
+        return 1 if self._killed or self._failure else 0
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # whoever listened is gone; the service is not
@@ -189,6 +194,9 @@ class Supervisor:
     def _report(self) -> None:
         try:
             self._report_until_stopped()
+        except BaseException as error:
+            self._failure = f"the reporting thread died ({type(error).__name__}: {error}); the service ends"
+            log.exception("the reporting thread died")
         finally:
             self._stopping.set()
 

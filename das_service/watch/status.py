@@ -1,8 +1,9 @@
 """Where every row is: `GET /v1/status`, and `das status`.
 
-accepted = distinct + duplicates + conflicting + in_log, where in_log is what the sink has not committed yet. Per FM,
-scored and failed (and not scored since) are what its tables hold; pending is what lies in its logs, scored or not,
-before that.
+accepted = distinct + duplicates + conflicting + diverted + in_log, where in_log is what lies behind the table's
+positions, and diverted what `dead_chunks` holds because the table would not take it. Per FM, scored and failed (and not
+scored since) are what its tables hold; pending is what lies in its logs, scored or not, before that, and what it has
+still to be fed from the examples table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,28 +13,18 @@ from typing import Any
 import redis
 
 from das_service.folder import Folder
+from das_service.logs.backlog import Reader, Unfinished, read_unfinished, sum_unfinished
 from das_service.logs.records import EXAMPLES, Mark, dead_log, read_mark, rescore_log, scored_log, table_of_log
-from das_service.logs.streams import LogCounters, read_counters
+from das_service.logs.streams import NOT_COUNTED, LogCounters, read_counters
 from das_service.metrics import package_version
-from das_service.redis_client import ScriptCall, run_scripts, script
 from das_service.registry import Catalog, FmRecord
 from das_service.settings import Settings
 from das_service.watch.monitor import Findings
 from das_service.watch.readiness import readiness_problems
 from schemas import keys
 
-Counters = Mapping[tuple[int, str], LogCounters]
 _NOTHING = Mark(version=-1, positions={})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unfinished:
-    """What a group has yet to finish in all partitions of a log. oldest_us: None if nothing."""
-
-    entries: int = 0
-    rows: int = 0
-    num_bytes: int = 0
-    oldest_us: int | None = None
+_TRIES = 5
 
 
 def service_status(findings: Findings, settings: Settings, *, now: float) -> dict[str, Any]:
@@ -85,61 +76,99 @@ def _merge(seen: list[dict[str, Any]], stated: Mapping[str, Any]) -> None:
 def dataset_status(
     client: redis.Redis, tables: Folder, catalog: Catalog, dataset: str, *, now_us: int
 ) -> dict[str, Any]:
-    """Give how far a dataset's rows are. Marks are read before the counters, so that nothing seems to be missing."""
-    spec = catalog.spec(dataset)
-    partitions = range(spec.partitions)
+    """Give how far a dataset's rows are.
+
+    Rows move on while they are counted, so each place is looked at before the one that they move to: marks, whose
+    positions say where a table ends and its log begins, then plans, the logs that FMs read, and the logs that they
+    write. A row may be counted in two places for a moment, never in none.
+    """
+    partitions = range(catalog.spec(dataset).partitions)
     fms = catalog.fms.get(dataset, {})
-    kinds = [EXAMPLES, *[kind for fm in fms for kind in (scored_log(fm), dead_log(fm), rescore_log(fm))]]
-    marks = {kind: _mark(tables, dataset, kind) for kind in kinds}
-    unfinished = _unfinished(client, dataset, partitions, list(fms))
-    counters = read_counters(client, dataset, partitions, kinds)
-    examples = marks[EXAMPLES]
-    repeated = sum(counted.repeated_rows for (_, kind), counted in counters.items() if kind == EXAMPLES)
-    in_log = _not_committed(counters, marks, EXAMPLES)
-    duplicates = examples.duplicates + repeated
+    look = _look(client, tables, dataset, partitions, list(fms))
+    for _ in range(_TRIES):
+        if look.is_one_moment:
+            break
+        look = _look(client, tables, dataset, partitions, list(fms))
+    examples = look.marks[EXAMPLES]
+    in_log = look.waiting[EXAMPLES].rows
+    duplicates = examples.duplicates + sum(look.counters[p, EXAMPLES].repeated_rows for p in look.partitions(EXAMPLES))
     return {
         "dataset": dataset,
-        "accepted": examples.rows + duplicates + examples.conflicting + in_log,
+        "accepted": examples.rows + duplicates + examples.conflicting + examples.diverted + in_log,
         "distinct": examples.rows,
         "duplicates": duplicates,
         "conflicting": examples.conflicting,
+        "diverted": examples.diverted,
         "in_log": in_log,
-        "backlog_bytes": sum(counted.kept_bytes for counted in counters.values()),
-        "fms": {
-            record.fm: _fm_status(catalog, dataset, record, counters, marks, unfinished[record.fm], now_us)
-            for record in fms.values()
-        },
+        "backlog_bytes": sum(counted.kept_bytes for counted in look.counters.values()),
+        "fms": {record.fm: _fm_status(catalog, dataset, record, look, now_us) for record in fms.values()},
     }
 
 
-def _mark(tables: Folder, dataset: str, kind: str) -> Mark:
-    table = table_of_log(kind)
-    return (None if table is None else read_mark(tables, dataset, table)) or _NOTHING
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """waiting: by kind, what the sink has not committed. unfinished: by FM, what it has not finished."""
+
+    marks: Mapping[str, Mark]
+    counters: Mapping[tuple[int, str], LogCounters]
+    unfinished: Mapping[str, Unfinished]
+    waiting: Mapping[str, Unfinished]
+
+    @property
+    def is_one_moment(self) -> bool:
+        """Whether nothing was committed and freed between the look at the marks and that at the logs."""
+        return all(work.follows for work in self.waiting.values())
+
+    def partitions(self, kind: str) -> list[int]:
+        """Give the partitions in which a kind of log exists."""
+        return [partition for partition, name in self.counters if name == kind]
+
+    def num_planned(self, fm: str) -> int:
+        """Give how many rows an FM has still to be fed, NOT_COUNTED if that is not known."""
+        kind = rescore_log(fm)
+        planned = [self.counters[partition, kind].planned for partition in self.partitions(kind)]
+        return NOT_COUNTED if NOT_COUNTED in planned else sum(planned)
 
 
-def _not_committed(counters: Counters, marks: Mapping[str, Mark], kind: str) -> int:
-    logged = sum(counted.rows for (_, name), counted in counters.items() if name == kind)
-    mark = marks[kind]
-    return max(0, logged - mark.rows - mark.duplicates - mark.conflicting)
+def _look(client: redis.Redis, tables: Folder, dataset: str, partitions: range, fms: Sequence[str]) -> _Look:
+    written = [EXAMPLES, *[kind for fm in fms for kind in (scored_log(fm), dead_log(fm))]]
+    marks = {kind: read_mark(tables, dataset, table_of_log(kind) or kind) or _NOTHING for kind in written}
+    counters = read_counters(client, dataset, partitions, [*written, *map(rescore_log, fms)])
+    readers = [
+        (fm, Reader(partition=p, kind=kind, group=keys.group(fm)))
+        for fm in fms
+        for kind in (EXAMPLES, rescore_log(fm))
+        for p in partitions
+    ]
+    sinks = [Reader(partition=p, kind=kind, after=marks[kind].positions.get(p)) for kind in written for p in partitions]
+    found = read_unfinished(client, dataset, [*[reader for _, reader in readers], *sinks])
+    held, waiting = found[: len(readers)], found[len(readers) :]
+    return _Look(
+        marks=marks,
+        counters=counters,
+        unfinished={
+            fm: sum_unfinished(work for (name, _), work in zip(readers, held, strict=True) if name == fm) for fm in fms
+        },
+        waiting={
+            kind: sum_unfinished(work for sink, work in zip(sinks, waiting, strict=True) if sink.kind == kind)
+            for kind in written
+        },
+    )
 
 
-def _fm_status(
-    catalog: Catalog,
-    dataset: str,
-    record: FmRecord,
-    counters: Counters,
-    marks: Mapping[str, Mark],
-    unfinished: Mapping[str, Unfinished],
-    now_us: int,
-) -> dict[str, Any]:
-    fm = record.fm
+def _fm_status(catalog: Catalog, dataset: str, record: FmRecord, look: _Look, now_us: int) -> dict[str, Any]:
+    fm, work = record.fm, look.unfinished[record.fm]
     active = catalog.snapshots.get(dataset, {}).get(fm, {}).get(record.active or "")
-    scored = marks[scored_log(fm)].rows
-    failed = max(0, marks[dead_log(fm)].rows - marks[scored_log(fm)].mended)
-    published = _not_committed(counters, marks, scored_log(fm)) + _not_committed(counters, marks, dead_log(fm))
-    pending = published + sum(work.rows for work in unfinished.values())
-    total = scored + failed + pending
-    oldest = [work.oldest_us for work in unfinished.values() if work.oldest_us is not None]
+    scored_mark, dead_mark = look.marks[scored_log(fm)], look.marks[dead_log(fm)]
+    scored, diverted = scored_mark.rows, scored_mark.diverted + dead_mark.diverted
+    failed = max(0, dead_mark.rows - scored_mark.mended)
+    pending = look.waiting[scored_log(fm)].rows + look.waiting[dead_log(fm)].rows + work.rows
+    planned = look.num_planned(fm)
+    if planned == NOT_COUNTED:  # what was lost is not known yet: it is among what has no outcome
+        pending = max(pending, look.marks[EXAMPLES].rows - scored - failed - diverted)
+    else:
+        pending += planned
+    total = scored + failed + pending + diverted
     return {
         "fm": fm,
         "required": record.required,
@@ -148,37 +177,9 @@ def _fm_status(
         "scored": scored,
         "failed": failed,
         "pending": pending,
+        "diverted": diverted,
         "coverage": scored / total if total else None,
-        "backlog_entries": sum(work.entries for work in unfinished.values()),
-        "backlog_bytes": sum(work.num_bytes for work in unfinished.values()),
-        "oldest_age_seconds": max(0.0, (now_us - min(oldest)) / 1e6) if oldest else 0.0,
+        "backlog_entries": work.entries,
+        "backlog_bytes": work.num_bytes,
+        "oldest_age_seconds": 0.0 if work.oldest_us is None else max(0.0, (now_us - work.oldest_us) / 1e6),
     }
-
-
-def _unfinished(
-    client: redis.Redis, dataset: str, partitions: range, fms: Sequence[str]
-) -> dict[str, dict[str, Unfinished]]:
-    """Give what each FM has yet to finish, by kind of log."""
-    asked = [(fm, kind, p) for fm in fms for kind in (EXAMPLES, rescore_log(fm)) for p in partitions]
-    calls = [
-        ScriptCall(
-            script("unfinished"), [keys.counters(dataset, p), keys.log(dataset, p, kind)], [kind, keys.group(fm)]
-        )
-        for fm, kind, p in asked
-    ]
-    found: dict[str, dict[str, Unfinished]] = {fm: {} for fm in fms}
-    for (fm, kind, _), reply in zip(asked, run_scripts(client, calls) if calls else [], strict=True):
-        if isinstance(reply, redis.exceptions.ResponseError):
-            continue  # the log is not made yet
-        if isinstance(reply, Exception):
-            raise reply
-        entries, rows, num_bytes = (int(part) for part in reply[:3])
-        before = found[fm].get(kind, Unfinished())
-        times = [time for time in (before.oldest_us, int(reply[3]) if reply[3] else None) if time is not None]
-        found[fm][kind] = Unfinished(
-            entries=before.entries + entries,
-            rows=before.rows + rows,
-            num_bytes=before.num_bytes + num_bytes,
-            oldest_us=min(times) if times else None,
-        )
-    return found

@@ -14,7 +14,7 @@ from das_service.door.validation import BodyLimits, check_rows
 from das_service.ingest import encode_chunks
 from das_service.registry import FmRecord
 from das_service.settings import load_settings
-from das_service.supervision.lookup import LookupQuery, _columns_of, _Judged
+from das_service.supervision.answer import Judged, LookupQuery, supervision_columns
 from schemas.dataset import DatasetSpec, example_schema
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.supervision import online_layout
@@ -49,10 +49,10 @@ def describe_schema(schema: pa.Schema) -> list[list[Any]]:
 def lookup_schema(embedding_format: str) -> pa.Schema:
     """The columns that one FM adds to a lookup's answer."""
     layout = online_layout(OUTPUTS)
-    judged = _Judged(np.array([2], np.int8), np.zeros(1, layout.record), layout, ("s1",), np.array([0], np.int64))
+    judged = Judged(np.array([2], np.int8), np.zeros(1, layout.record), ("s1",), np.array([0], np.int64))
     record = FmRecord(fm="teacher", required=True, outputs=OUTPUTS)
     query = LookupQuery(fms=("teacher",), embedding_format=embedding_format)  # type: ignore[arg-type]
-    return pa.schema([field for field, _ in _columns_of(judged, record, query)])
+    return pa.schema([field for field, _ in supervision_columns(judged, record, query)])
 
 
 def build_schemas() -> dict[str, Any]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
 from tests.conftest import ROOT
+from vm_training.metrics import auc, normalized_entropy
 
 pytestmark = pytest.mark.usefixtures("demo")
 
@@ -68,6 +70,31 @@ def test_a_recount_of_the_kept_folder_gives_the_same_numbers(demo: dict[str, Any
     assert scored == Counter(posted)
     assert Counter(column(tables / "examples", "example_id")) == scored
     assert {path.stem for path in (folder / "metrics").glob("*.txt")} >= {"api", "worker", "sink"}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_student_s_numbers_are_those_of_its_kept_table(demo: dict[str, Any], folder: Path, place: int) -> None:
+    vm = demo["vms"][place]
+    kept = pq.read_table(folder / "students" / f"{vm['name']}.parquet")
+    weeks = [pq.read_table(path) for path in sorted((folder / "weeks").glob("week_*.parquet"))[26:]]
+    own = [example for week in weeks for example in week.filter(pc.field(vm["name"]) != "0")["example_id"].to_pylist()]
+    assert kept["example_id"].to_pylist() == own
+    assert set(kept["teacher__status"].to_pylist()) == {"present"}
+    label = kept["purchase"].to_numpy()
+    runs = {run: kept[f"logit_{run}"].to_numpy() for run in ("without", "with", "shuffled")}
+    assert vm == {
+        "name": vm["name"],
+        "rows": len(own),
+        **{f"ne_{run}": normalized_entropy(logit, label) for run, logit in runs.items()},
+        **{f"auc_{run}": auc(runs[run], label) for run in ("without", "with")},
+    }
+
+
+def test_supervision_helps_each_student_and_on_other_rows_it_does_not(demo: dict[str, Any]) -> None:
+    assert [vm["name"] for vm in demo["vms"]] == ["display", "mailer"]
+    for vm in demo["vms"]:
+        assert vm["ne_with"] < vm["ne_without"] < vm["ne_shuffled"]
+        assert vm["auc_with"] > vm["auc_without"]
 
 
 def test_ctrl_c_leaves_nothing_running(folder: Path) -> None:

@@ -45,6 +45,8 @@ def post_json(api: Api, content: str | bytes) -> Any:
 ROW_FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("nan", {"price": [float("nan")]}, "price", "not_finite"),
     ("infinity", {"price": [float("-inf")]}, "price", "not_finite"),
+    ("beyond float32", {"price": [3.5e38]}, "price", "out_of_range"),
+    ("far beyond float32", {"price": [-1e300]}, "price", "out_of_range"),
     ("null id", {"example_id": pa.array([None], pa.string())}, "example_id", "null"),
     ("empty id", {"example_id": [""]}, "example_id", "empty_id"),
     ("id of 257 bytes", {"example_id": ["é" * 128 + "x"]}, "example_id", "too_long"),
@@ -85,13 +87,17 @@ JSON_ROW_FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("nanoseconds", {"event_time": "2026-03-01T12:00:00.123456789Z"}, "event_time", "inexact_time"),
     ("year 0 after the offset", {"event_time": "0001-01-01T00:00:00+01:00"}, "event_time", "time_too_old"),
     ("null price", {"price": None}, "price", "null"),
-    ("integer beyond floats", {"price": 10**400}, "price", "not_finite"),
+    ("number beyond float32", {"price": 3.5e38}, "price", "out_of_range"),
+    ("integer beyond float32", {"price": 10**39}, "price", "out_of_range"),
+    ("integer beyond floats", {"price": -(10**400)}, "price", "out_of_range"),
     ("integer beyond 64 bits", {"item": 2**63}, "item", "out_of_range"),
     ("long list", {"tags": ["a"] * 4}, "tags", "too_long"),
     ("null in list", {"tags": ["a", None]}, "tags", "null_element"),
     ("vector of 3", {"image": [1, 2, 3]}, "image", "wrong_size"),
     ("null in vector", {"image": [1, 2, 3, None]}, "image", "null_element"),
-    ("vector beyond float32", {"image": [1, 2, 3, 1e300]}, "image", "not_finite"),
+    ("vector beyond float32", {"image": [1, 2, 3, 1e300]}, "image", "out_of_range"),
+    ("integer beyond floats in a vector", {"image": [1, 2, 3, 10**400]}, "image", "out_of_range"),
+    ("infinity in a vector", {"image": [1, 2, 3, float("inf")]}, "image", "not_finite"),
 ]
 
 

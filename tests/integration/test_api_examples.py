@@ -1,13 +1,23 @@
 """Taking examples in: what is answered, what lies in the log, and that repeats change nothing."""
 
+import asyncio
+import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import redis
 
+from das_service.door.door import read_body
+from das_service.door.validation import validate_json
+from das_service.routes import examples as routes
+from das_service.scored_wait import Awaited
 from schemas import keys
+from schemas.entries import parse_entry
 from schemas.wire import ARROW_STREAM
 from tests.served import NOON, Api, Stand, arrow_body, examples, examples_table
 
@@ -202,16 +212,121 @@ def test_waiting_for_scores_answers_202_when_time_is_up(api: Api, stand: Stand) 
     assert answer.json()["accepted"] == 10
 
 
-def test_waiting_for_failed_rows_ends_at_once_without_a_score(api: Api, stand: Stand) -> None:
+def test_waiting_ends_with_the_last_row_that_is_settled_and_says_that_one_failed(
+    api: Api, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand.validate()
     api.post(examples(0, 10))
+    stand.work()
+    api.post(examples(10, 10))
     stand.work(fail=True)
+    looks = []
+    real = routes.still_awaited
+    monkeypatch.setattr(routes, "still_awaited", lambda *given: looks.append(given) or real(*given))
 
-    started = time.monotonic()
-    answer = api.post(examples(0, 10), wait="scored", timeout_seconds=30)
+    answer = api.post(examples(0, 20), wait="scored", timeout_seconds=30)
 
     assert (answer.status_code, answer.json()["scored"]) == (202, False)
-    assert time.monotonic() - started < 20
+    assert len(looks) == 1
+
+
+def test_a_wait_holds_neither_the_body_nor_the_rows(api: Api, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    body_is_gone = threading.Event()
+    held: list[weakref.ref[Any]] = []
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            body_is_gone.set()
+
+    async def read(request: Any, **limits: Any) -> Body:
+        return Body(await read_body(request, **limits))
+
+    def validate(*given: Any, **limits: Any) -> Any:
+        rows = validate_json(*given, **limits)
+        held.append(weakref.ref(rows.batch))
+        return rows
+
+    async def wait(_: Any, awaited: list[Awaited], **__: Any) -> bool:
+        is_gone = await asyncio.to_thread(body_is_gone.wait, 10)  # the thread that stored them is on its way out
+        return is_gone and held[0]() is None and sum(len(item.digests) for item in awaited) == 16 * 50
+
+    monkeypatch.setattr(routes, "read_body", read)
+    monkeypatch.setattr(routes, "validate_json", validate)
+    monkeypatch.setattr(routes, "wait_until_scored", wait)
+
+    assert api.post(examples(0, 50), wait="scored").json()["scored"] is True
+
+
+def test_waits_leave_threads_for_probes_and_other_requests(
+    api: Api, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = api.http.app_state["service"]
+    goes_on = threading.Event()
+    real = routes.still_awaited
+
+    def slow(*given: Any) -> Any:
+        assert goes_on.wait(60)
+        return real(*given)
+
+    def wait_for_scores(number: int) -> int:
+        while (answer := api.post(examples(number, 1), wait="scored", timeout_seconds=0)).status_code == 429:
+            pass
+        return int(answer.status_code)
+
+    monkeypatch.setattr(routes, "still_awaited", slow)
+    with ThreadPoolExecutor(80) as pool:
+        waits = [pool.submit(wait_for_scores, number) for number in range(64)]
+        deadline = time.monotonic() + 60
+        while service.waits._free > 0:
+            assert time.monotonic() < deadline
+        try:
+            ready = pool.submit(api.http.get, "/health/ready")
+            others = [pool.submit(api.post, examples(100 + number, 1)) for number in range(8)]
+            assert "a write" not in ready.result(30).text
+            assert {other.result(30).status_code for other in others} == {202}
+        finally:
+            goes_on.set()
+        assert {wait.result(60) for wait in waits} == {202}
+
+
+TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACE = f"00-{TRACE_ID}-{SPAN_ID}-01"
+
+
+def test_the_callers_trace_goes_with_every_chunk_and_does_not_make_a_repeat_a_new_one(
+    api: Api, store: redis.Redis
+) -> None:
+    for trace in (TRACE, TRACE.replace("4", "5")):
+        answer = api.http.post("/v1/datasets/ads/examples", json=examples(0, 50), headers={"traceparent": trace})
+        assert answer.status_code == 202
+
+    entries = [
+        parse_entry(*pair) for partition in range(2) for pair in store.xrange(keys.log("ads", partition, "examples"))
+    ]
+    assert [(entry.meta, entry.trace_id) for entry in entries] == [({"traceparent": TRACE}, TRACE_ID)] * 2
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "00",
+        TRACE.upper(),
+        f"{TRACE}-x",
+        f"ff{TRACE[2:]}",
+        TRACE.replace(TRACE_ID, "0" * 32),
+        TRACE.replace(SPAN_ID, "0" * 16),
+        TRACE.replace(TRACE_ID, "x" * 32),
+    ],
+)
+def test_a_trace_that_is_none_is_left_out(api: Api, store: redis.Redis, header: str) -> None:
+    answer = api.http.post("/v1/datasets/ads/examples", json=examples(0, 1), headers={"traceparent": header})
+
+    assert answer.status_code == 202
+    (entry,) = [
+        parse_entry(*pair) for partition in range(2) for pair in store.xrange(keys.log("ads", partition, "examples"))
+    ]
+    assert (entry.meta, entry.trace_id) == ({}, "")
 
 
 def test_optional_fms_are_not_waited_for(api: Api) -> None:

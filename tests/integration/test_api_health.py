@@ -27,6 +27,7 @@ def problems(api: Api) -> list[str]:
     answer = api.http.get("/health/ready")
     body = answer.json()
     assert (answer.status_code == 200) == body["ready"] == (not body["problems"])
+    assert f"\ndas_ready {float(body['ready'])}\n" in api.http.get("/metrics").text
     return list(body["problems"])
 
 

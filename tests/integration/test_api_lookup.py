@@ -8,13 +8,14 @@ import pyarrow as pa
 import pytest
 import redis
 
+from das_service.client import Client
 from das_service.settings import Settings
 from das_service.supervision import lookup
 from schemas import keys
 from schemas.codecs import decode, encode
 from schemas.snapshot import OutputColumns
 from schemas.wire import ARROW_STREAM, END_OF_STREAM, read_table
-from tests.served import NOON, SPEC, Api, Stand, arrow_body, examples, serve
+from tests.served import NOON, SPEC, Api, Stand, arrow_body, examples, serve, serve_over_tcp
 
 PATH = "/v1/datasets/ads/supervision/lookup"
 
@@ -303,6 +304,74 @@ def test_more_ids_than_a_request_may_have_are_413(settings: Settings) -> None:
         api.declare_fm()
         answer = api.http.post(PATH, json={"fms": ["f"], "example_ids": ["a"] * 11})
         assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+
+
+WIDE = OutputColumns(tasks=("click",), embeddings={"wide": (4096, "float16")})
+WIDE_QUERIES: dict[str, tuple[dict[str, Any], str, int]] = {
+    "float16": ({}, ARROW_STREAM, 2**20 // (24 + 4 + 8192)),
+    "float32": ({"embedding_format": "float32"}, ARROW_STREAM, 2**20 // (25 + 16384)),
+    "encoded": ({"embedding_format": "encoded"}, ARROW_STREAM, 2**20 // (24 + 4 + 8192)),
+    "the logit alone, whose value holds the embedding too": (
+        {"outputs": ["click"]}, ARROW_STREAM, 2**20 // (24 + 4 + 8192),
+    ),
+    "JSON numbers": ({}, "application/json", 2**20 // (16 * (25 + 16384))),
+    "JSON base64": ({"embedding_format": "encoded"}, "application/json", 2**20 // (16 * 25 + 4 * 8192)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "accept", "fitting"), WIDE_QUERIES.values(), ids=WIDE_QUERIES)
+def test_an_answer_over_the_bound_is_413_before_anything_is_fetched(
+    settings: Settings, store: redis.Redis, asked: dict[str, Any], accept: str, fitting: int
+) -> None:
+    with serve(settings.model_copy(update={"max_answer_bytes": 2**20})) as api:
+        api.declare(spec=SPEC)
+        api.declare_fm()
+        Stand(settings, store).validate(outputs=WIDE)
+
+        def look(num_ids: int) -> Any:
+            body = {"fms": ["f"], "example_ids": ["a"] * num_ids, **asked}
+            return api.http.post(PATH, json=body, headers={"Accept": accept})
+
+        store.config_resetstat()
+        refused = look(fitting + 1)
+
+        assert (refused.status_code, refused.json()["code"]) == (413, "answer_too_large")
+        assert refused.json()["max_ids"] == fitting
+        assert f"at most {fitting} ids" in refused.json()["detail"]
+        assert "cmdstat_mget" not in store.info("commandstats")
+        answer = look(fitting)
+        assert answer.status_code == 200
+        assert len(answer.content) <= 2**20
+        assert "cmdstat_mget" in store.info("commandstats")
+
+
+def test_all_fms_asked_for_count_towards_the_bound(settings: Settings, store: redis.Redis) -> None:
+    with serve(settings.model_copy(update={"max_answer_bytes": 2**20})) as api:
+        api.declare(spec=SPEC)
+        for fm in ("f", "g"):
+            api.declare_fm(fm)
+            Stand(settings, store, fm=fm).validate(outputs=WIDE)
+        body = {"fms": ["f", "g"], "example_ids": ["a"] * 64}
+
+        refused = api.http.post(PATH, json=body, headers={"Accept": ARROW_STREAM})
+
+        assert refused.json()["max_ids"] == 2**20 // (2 * (24 + 4 + 8192))
+
+
+def test_the_client_gets_a_wide_answer_in_as_many_pieces_as_the_bound_asks_for(
+    settings: Settings, store: redis.Redis
+) -> None:
+    with serve(settings) as api:
+        api.declare(spec=SPEC)
+        api.declare_fm()
+        Stand(settings, store).validate(outputs=WIDE)
+    ids = [f"e{i}" for i in range(300)]
+    narrow = settings.model_copy(update={"max_answer_bytes": 2**20})
+    with serve_over_tcp(narrow) as port, Client(f"http://127.0.0.1:{port}") as client:
+        table = client.lookup("ads", ids, fms=["f"])
+
+    assert table["example_id"].to_pylist() == ids
+    assert set(table["f__status"].to_pylist()) == {"missing"}
 
 
 def test_looked_up_rows_are_counted_by_status(scored: Api) -> None:

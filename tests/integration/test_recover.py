@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from das_service.errors import ConflictError, UnavailableError
 from das_service.logs import streams
 from das_service.recover import Report, recover
 from das_service.registry import Registry
-from das_service.sink.rescore import read_plan
+from das_service.sink.rescore_plan import read_plan, write_plan
 from das_service.sink.sink import Sink
 from schemas import keys
-from schemas.entries import Position
+from schemas.dataset import example_schema
+from schemas.entries import Position, parse_entry
+from schemas.supervision import FAILED
 from tests.conftest import Server, make_settings
-from tests.feeding import Feeding, names
+from tests.feeding import DAY_US, NOON, NOON_US, Feeding, names
 
 
 @pytest.fixture
@@ -225,7 +228,105 @@ def test_an_fm_is_not_given_examples_from_before_its_start(feeding: Feeding) -> 
     assert rescored(feeding) == names(5, 10)
 
 
-@pytest.mark.parametrize("step", ["write_logs_file", "write_plan", "run_script"])
+def lose(feeding: Feeding, kind: str) -> None:
+    """One log of all partitions is gone; counters, groups and online values of the server are not."""
+    for partition in range(2):
+        feeding.client.delete(keys.log("ads", partition, kind))
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_scores_that_stand_online_are_published_again_as_they_are(feeding: Feeding, *, is_committed: bool) -> None:
+    feeding.declare_fm("f")
+    feeding.register("f", "s0", "s1")
+    sink = run(feeding)
+    feeding.post_ids(0, 12)
+    feeding.post({"example_id": f"e{i}", "event_time": NOON_US + DAY_US} for i in range(2))  # other examples, unscored
+    feeding.read_group("f")
+    if is_committed:
+        run(feeding, sink)
+    feeding.put_online("f", names(0, 5), logit=1.5)
+    feeding.put_online("f", names(5, 9), logit=2.5, snapshot=1, scored_at=NOON_US + 7)
+    feeding.put_online("f", ["e9"], logit=0.0, state=FAILED)  # its dead letter is lost as well
+    lose(feeding, "scored:f")
+    lose(feeding, "dead:f")
+    recover(feeding.settings)
+    run(feeding, sink)
+    rows = {row["example_id"]: row for row in feeding.rows("supervision/f")}
+    found = {
+        name: (row["click__logit"], row["hidden"], row["snapshot_id"], row["scored_at"], row["trained_through"])
+        for name, row in rows.items()
+    }
+    day_before = NOON - timedelta(days=1)
+    first = dict.fromkeys(names(0, 5), (1.5, b"wxyz", "s0", NOON, day_before))
+    second = dict.fromkeys(names(5, 9), (2.5, b"wxyz", "s1", NOON + timedelta(microseconds=7), day_before))
+    assert found == first | second
+    assert len(feeding.rows("supervision/f")) == 9
+    assert rescored(feeding) == sorted([*names(9, 12), "e0", "e1"])
+
+
+def test_nothing_is_looked_up_before_all_that_survived_is_committed(own_server: Server, tmp_path: Path) -> None:
+    with own_server.client() as client:
+        feeding = Feeding(make_settings(own_server, tmp_path, commit_seconds=0.5, commit_event_days=1), client)
+        feeding.declare_fm("f")
+        sink = run(feeding)
+        for day in range(5):
+            feeding.post_ids(10 * day, 10 * day + 10, event_time=NOON_US + day * DAY_US)
+        feeding.read_group("f")
+        lose(feeding, "scored:f")
+        recover(feeding.settings)
+        for _ in range(8):  # a commit takes one event day
+            run(feeding, sink)
+        assert rescored(feeding) == names(0, 50)
+        feeding.close()
+
+
+def test_what_was_finished_between_unfinished_entries_is_lost_too(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    sink = run(feeding)
+    feeding.post_ids(0, 40, chunk_rows=1)
+    feeding.read_group("f", acknowledge=False)
+    finished = []
+    for partition in range(2):
+        name = keys.log("ads", partition, "examples")
+        taken = [f"1-{seq}" for seq in range(3, 9)]
+        feeding.client.xack(name, keys.group("f"), *taken)
+        for entry_id, fields in feeding.client.xrange(name, taken[0], taken[-1]):
+            batch = parse_entry(entry_id, fields).batch(example_schema(feeding.spec))
+            finished += batch.column("example_id").to_pylist()
+    feeding.post_ids(40, 50)  # not read by the FM yet
+    lose(feeding, "scored:f")
+    recover(feeding.settings)
+    run(feeding, sink)
+    assert (rescored(feeding), sink.health()) == (sorted(finished), [])
+
+
+def test_as_many_rows_of_other_examples_do_not_hide_what_is_lost(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 10)
+    feeding.read_group("f")
+    feeding.score("f", names(5, 15))  # the examples 10..15 are lost with the log, their scores are not
+    sink = run(feeding)
+    assert len(feeding.rows("supervision/f")) == len(feeding.rows("examples")) == 10
+    lose_everything(feeding)
+    recover(feeding.settings)
+    run(feeding, sink)
+    assert rescored(feeding) == names(0, 5)
+
+
+def test_a_sink_that_feeds_meanwhile_does_not_undo_a_recovery(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 10)
+    feeding.read_group("f")
+    sink = run(feeding)
+    known = read_plan(feeding.folder, "ads", "f")
+    lose_everything(feeding)
+    recover(feeding.settings)
+    write_plan(feeding.folder, "ads", "f", known)  # by a sink that had read it before
+    run(feeding, sink)
+    assert rescored(feeding) == names(0, 10)
+
+
+@pytest.mark.parametrize("step", ["write_logs_file", "write_loss", "show_planned", "run_script"])
 def test_a_recovery_that_was_cut_can_be_run_again(feeding: Feeding, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     feeding.declare_fm("f")
     feeding.post_ids(0, 10)

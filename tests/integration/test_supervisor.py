@@ -16,7 +16,8 @@ import redis
 
 from das_service.client import Client
 from das_service.up.service_folder import FolderInUseError, ServiceFolder, owned
-from das_service.up.supervisor import RunningService, SupervisorError, running_service
+from das_service.up.service_layout import lay_out
+from das_service.up.supervisor import RunningService, Supervisor, SupervisorError, running_service
 
 ROLES = ("api", "sink")
 WAIT_SECONDS = 60.0
@@ -129,6 +130,20 @@ def test_a_signal_ends_everything_in_order_and_without_force(tmp_path: Path, num
     assert "stopping" in said
     assert "is killed" not in said
     assert "bye bye" in (tmp_path / "logs" / "valkey.log").read_text()
+
+
+def test_the_death_of_the_reporting_thread_ends_the_service_with_an_error(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("ready"):
+            raise RuntimeError("boom")
+
+    supervisor = Supervisor(lay_out(tmp_path, roles=(), port=0), say=say)
+    assert supervisor.run() == 1
+    assert "the reporting thread died (RuntimeError: boom); the service ends" in said
+    assert all(child["pid"] is None or not psutil.pid_exists(child["pid"]) for child in supervisor.roles())
 
 
 def test_a_second_supervisor_is_refused_in_plain_words(service: RunningService) -> None:

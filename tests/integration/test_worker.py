@@ -1,62 +1,27 @@
-"""The worker role on both servers: scores once, survives death, poison, withdrawal and lost connections."""
+"""The worker role on both servers: scores once, survives death, poison, lost connections and lost logs."""
 
 import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from das_service.logs import streams
-from das_service.registry import SnapshotRecord, dataset_field
-from das_service.settings import Settings
+from das_service.registry import FmRecord, dataset_field, fm_field
+from schemas import keys
 from schemas.dataset import DatasetSpec, Feature
-from tests.conftest import ROOT, Server, make_settings
+from tests.busy import busy
+from tests.conftest import Server, make_settings
 from tests.declared import SPEC, Declared, examples
 from tests.fakes import expected_supervision
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("the condition did not come true in time")
-        time.sleep(0.02)
-
-
-@dataclass
-class Workers:
-    """Worker processes of one test."""
-
-    settings: Settings
-    folder: Path
-    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def start(self) -> subprocess.Popen[bytes]:
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("DAS_")},
-            "DAS_REDIS_URL": self.settings.redis_url.get_secret_value(),
-            "DAS_TABLES_URI": self.settings.tables_uri,
-            "DAS_SNAPSHOTS_URI": self.settings.snapshots_uri,
-            "DAS_DEAD_AFTER_SECONDS": "2",
-        }
-        with (self.folder / f"worker-{len(self.running)}.log").open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fm_inference"], env=environment, cwd=ROOT, stdout=output, stderr=output
-            )
-        self.running.append(process)
-        return process
-
-    def logs(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("worker-*.log")))
+from tests.roles import Roles, beats, metric, publish, wait_for
 
 
 @pytest.fixture
@@ -66,28 +31,12 @@ def declared(own_server: Server, tmp_path: Path) -> Iterator[Declared]:
 
 
 @pytest.fixture
-def workers(declared: Declared, tmp_path: Path) -> Iterator[Workers]:
-    group = Workers(declared.settings, tmp_path)
-    yield group
-    for process in group.running:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()
+def workers(declared: Declared, tmp_path: Path) -> Iterator[Roles]:
+    with contextlib.closing(Roles(declared.settings, tmp_path)) as roles:
+        yield roles
 
 
-def state(declared: Declared, fm: str, snapshot_id: str) -> SnapshotRecord:
-    return declared.catalog.snapshot(declared.dataset, fm, snapshot_id)
-
-
-def publish(declared: Declared, fm: str = "f", snapshot_id: str = "s1", **options: object) -> None:
-    """Register and activate a closed-form snapshot with a running worker's help."""
-    declared.register(fm, snapshot_id, **options)
-    wait_for(lambda: state(declared, fm, snapshot_id).state != "validating")
-    assert state(declared, fm, snapshot_id).reasons == ()
-    declared.activate(fm, snapshot_id)
-
-
-def test_every_example_is_scored_once_with_the_answers_computed_by_hand(declared: Declared, workers: Workers) -> None:
+def test_every_example_is_scored_once_with_the_answers_computed_by_hand(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     rows = examples(0, 300)
     declared.append(0, rows[:120])
@@ -107,7 +56,7 @@ def test_every_example_is_scored_once_with_the_answers_computed_by_hand(declared
     assert (online["click__logit"], bytes(online[name])) == (scored[-1]["click__logit"], scored[-1][name])
 
 
-def test_a_repeat_in_another_chunk_is_not_scored_again(declared: Declared, workers: Workers) -> None:
+def test_a_repeat_in_another_chunk_is_not_scored_again(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     workers.start()
     publish(declared)
@@ -118,7 +67,7 @@ def test_a_repeat_in_another_chunk_is_not_scored_again(declared: Declared, worke
     assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(15)]
 
 
-def test_two_workers_and_a_kill_publish_each_chunk_once(declared: Declared, workers: Workers) -> None:
+def test_two_workers_and_a_kill_publish_each_chunk_once(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     workers.start()
     publish(declared)
@@ -135,7 +84,7 @@ def test_two_workers_and_a_kill_publish_each_chunk_once(declared: Declared, work
 
 @pytest.mark.parametrize("poison", ["raise", "nan"])
 def test_poison_rows_go_to_the_dead_letters_and_all_others_are_scored(
-    declared: Declared, workers: Workers, poison: str
+    declared: Declared, workers: Roles, poison: str
 ) -> None:
     declared.declare_fm("f")
     workers.start()
@@ -152,7 +101,7 @@ def test_poison_rows_go_to_the_dead_letters_and_all_others_are_scored(
     assert online["_state"] == 1
 
 
-def test_a_row_that_kills_the_process_is_found_by_those_who_come_after(declared: Declared, workers: Workers) -> None:
+def test_a_row_that_kills_the_process_is_found_by_those_who_come_after(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     workers.start()
     publish(declared, poison="kill", poison_above=1000.0)
@@ -168,40 +117,7 @@ def test_a_row_that_kills_the_process_is_found_by_those_who_come_after(declared:
     assert sorted(row["example_id"] for row in declared.scored("f")) == sorted(f"e{i}" for i in range(60) if i != 41)
 
 
-def test_a_new_snapshot_takes_over_without_a_restart_and_nothing_is_scored_twice(
-    declared: Declared, workers: Workers
-) -> None:
-    declared.declare_fm("f")
-    process = workers.start()
-    publish(declared)
-    for i in range(20):
-        declared.append(0, examples(i * 10, 10))
-    publish(declared, snapshot_id="s2", shift=1.0)
-    for i in range(20, 400):
-        declared.append(0, examples(i * 10, 10))
-    wait_for(lambda: declared.pending("f") == 0)
-    declared.append(0, examples(4000, 10))
-    wait_for(lambda: declared.scored("f")[-1]["snapshot_id"] == "s2")
-    assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(4010)]
-    assert process.poll() is None
-
-
-def test_a_withdrawn_snapshot_publishes_no_more(declared: Declared, workers: Workers) -> None:
-    declared.declare_fm("f")
-    workers.start()
-    publish(declared)
-    declared.register("f", "s2", shift=1.0)
-    wait_for(lambda: state(declared, "f", "s2").state == "validated")
-    declared.activate("f", "s2")
-    declared.append(0, examples(0, 10))
-    wait_for(lambda: declared.pending("f") == 0)
-    declared.activate("f", "s1", withdraw=True)
-    declared.append(0, examples(10, 10))
-    wait_for(lambda: declared.pending("f") == 0)
-    assert {row["snapshot_id"] for row in declared.scored("f")[10:]} == {"s1"}
-
-
-def test_a_killed_server_costs_a_pause_and_no_row(declared: Declared, workers: Workers, own_server: Server) -> None:
+def test_a_killed_server_costs_a_pause_and_no_row(declared: Declared, workers: Roles, own_server: Server) -> None:
     declared.declare_fm("f")
     process = workers.start()
     publish(declared)
@@ -216,7 +132,7 @@ def test_a_killed_server_costs_a_pause_and_no_row(declared: Declared, workers: W
     assert process.poll() is None
 
 
-def test_a_lost_log_halts_the_lane_and_says_so(declared: Declared, workers: Workers) -> None:
+def test_a_lost_log_halts_the_lane_and_says_so(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     workers.start()
     publish(declared)
@@ -225,15 +141,11 @@ def test_a_lost_log_halts_the_lane_and_says_so(declared: Declared, workers: Work
     declared.client.delete("{ads.0}:scored:f")
     declared.append(0, examples(10, 10))
 
-    def halted() -> bool:
-        beats = declared.client.hgetall("das:beats").values()
-        return any(b"das recover" in beat for beat in beats)
-
-    wait_for(halted)
+    wait_for(lambda: "das recover" in str([beat["problems"] for beat in beats(declared)]))
     assert declared.pending("f") == 1
 
 
-def test_sigterm_finishes_what_is_in_hand_and_ends_with_0(declared: Declared, workers: Workers) -> None:
+def test_sigterm_finishes_what_is_in_hand_and_ends_with_0(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     process = workers.start()
     publish(declared)
@@ -244,20 +156,7 @@ def test_sigterm_finishes_what_is_in_hand_and_ends_with_0(declared: Declared, wo
     assert declared.client.hlen("das:beats") == 0
 
 
-def test_a_rejected_snapshot_leaves_the_running_one_at_work(declared: Declared, workers: Workers) -> None:
-    declared.declare_fm("f")
-    workers.start()
-    publish(declared)
-    folder = declared.register("f", "broken", shift=1.0)
-    (folder / "model.pt2").write_bytes(b"PK nothing")
-    wait_for(lambda: state(declared, "f", "broken").state == "rejected")
-    assert "model.pt2" in "; ".join(state(declared, "f", "broken").reasons)
-    declared.append(0, examples(0, 10))
-    wait_for(lambda: declared.pending("f") == 0)
-    assert len(declared.scored("f")) == 10
-
-
-def test_a_feature_added_under_way_is_no_reason_to_die(declared: Declared, workers: Workers) -> None:
+def test_a_feature_added_under_way_is_no_reason_to_die(declared: Declared, workers: Roles) -> None:
     declared.declare_fm("f")
     process = workers.start()
     publish(declared)
@@ -271,18 +170,46 @@ def test_a_feature_added_under_way_is_no_reason_to_die(declared: Declared, worke
     declared.append(0, examples(20, 10))
     wait_for(lambda: declared.pending("f") == 0)
     assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(30)]
-    assert process.poll() is None
+    assert (declared.dead("f"), process.poll()) == ([], None)
+    logits, _ = expected_supervision(pa.Table.from_pylist(examples(0, 30)), SPEC)
+    np.testing.assert_allclose([row["click__logit"] for row in declared.scored("f")], logits["click"], rtol=1e-6)
 
 
-def test_an_entry_that_cannot_be_read_is_passed_by(declared: Declared, workers: Workers) -> None:
+@pytest.mark.parametrize("change", [{"data": b"no batch"}, {"head": ["v", "1"]}], ids=["rows", "header"])
+def test_an_entry_that_cannot_be_read_is_left_to_the_sink(
+    declared: Declared, workers: Roles, change: dict[str, Any]
+) -> None:
     declared.declare_fm("f")
     process = workers.start()
     publish(declared)
     limits = streams.AppendLimits(epoch=1, floors={}, max_bytes=1 << 30, dedup_seconds=3600)
-    streams.append_chunks(
-        declared.client, [dataclasses.replace(declared.chunk(0, examples(0, 5)), data=b"no batch")], limits
-    )
+    streams.append_chunks(declared.client, [dataclasses.replace(declared.chunk(0, examples(0, 5)), **change)], limits)
     declared.append(0, examples(10, 10))
     wait_for(lambda: declared.pending("f") == 0)
     assert [row["example_id"] for row in declared.scored("f")] == [f"e{i}" for i in range(10, 20)]
-    assert process.poll() is None
+    wait_for(lambda: metric(declared, "das_fm_unreadable_entries_total") == 1)
+    assert (process.poll(), declared.client.xlen(keys.log("ads", 0, "examples"))) == (None, 2)
+
+
+@pytest.mark.parametrize("own_server", ["valkey"], indirect=True)
+def test_an_fm_of_a_dataset_that_is_not_declared_holds_nobody_up(declared: Declared, workers: Roles) -> None:
+    declared.registry.change(fm_field("aaa", "f"), FmRecord, lambda _: FmRecord(fm="f", required=True))
+    declared.declare_fm("f")
+    process = workers.start()
+    publish(declared)
+    declared.append(0, examples(0, 10))
+    wait_for(lambda: declared.pending("f") == 0)
+    assert (len(declared.scored("f")), process.poll()) == (10, None)
+
+
+def test_a_server_that_is_busy_for_a_while_costs_a_pause(declared: Declared, workers: Roles) -> None:
+    declared.declare_fm("f")
+    process = workers.start()
+    publish(declared)
+    for i in range(40):
+        declared.append(i % 2, examples(i * 100, 100))
+    wait_for(lambda: len(declared.scored("f")) > 0)
+    with busy(declared.client):
+        time.sleep(2)
+    wait_for(lambda: declared.pending("f") == 0)
+    assert (len(declared.scored("f")), declared.dead("f"), process.poll()) == (4000, [], None)

@@ -325,6 +325,15 @@ def test_the_screen_shows_counts_and_rates() -> None:
     assert "sink 12 3 down" in text
 
 
+def test_the_screen_says_what_no_table_takes() -> None:
+    now = state()
+    now["datasets"]["ads"] |= {"diverted": 1200}
+    now["datasets"]["ads"]["fms"]["teacher"] |= {"diverted": 7}
+    text = shown(now, state())
+    assert "conflicting 0 · diverted 1,200 · in the log 0" in text
+    assert "failed 0 · diverted 7 · coverage" in text
+
+
 def test_the_screen_of_an_empty_service_has_no_dataset() -> None:
     assert shown(state(datasets={}, roles=[]), state(datasets={}), 0.0) == "ready http://das"
 

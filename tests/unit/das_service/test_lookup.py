@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.supervision.lookup import STATUSES, judge
+from das_service.supervision.answer import STATUSES, judge
 from das_service.supervision.online_store import KEYS_PER_COMMAND, KEYS_PER_ROUND, _iter_slices, _pack_mget, _rounds
 from schemas.snapshot import OutputColumns
 from schemas.supervision import FAILED, SCORED, online_layout

@@ -4,12 +4,16 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -19,7 +23,7 @@ from das_service.snapshot_folder import SnapshotError, manifest_sha256
 from fm_inference import Signature, export_snapshot
 from fm_inference.golden import Answers, golden_table, write_golden
 from fm_inference.synthetic import synthetic_rows
-from fm_inference.validate import validate_snapshot
+from fm_inference.validate import NoVerdictError, Request, _read_verdict, validate_snapshot
 from fm_inference.verdict import snapshot_reasons
 from schemas.dataset import DatasetSpec
 from schemas.snapshot import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, OutputColumns
@@ -220,6 +224,68 @@ def test_a_model_that_takes_too_long_is_stopped(closed_form_folder: Path, spec: 
         closed_form_folder, spec, fm="closed", snapshot_id="s1", sha256=sha256, device="cpu", deadline_seconds=0.1
     )
     assert verdict == ["the model was not loaded and tried within 0.1 seconds"]
+
+
+def test_a_worker_that_stops_does_not_wait_for_the_child(closed_form_folder: Path, spec: DatasetSpec) -> None:
+    sha256 = manifest_sha256(closed_form_folder)
+    with pytest.raises(NoVerdictError, match="stopped"):
+        validate_snapshot(
+            closed_form_folder, spec, fm="closed", snapshot_id="s1", sha256=sha256, device="cpu",
+            is_stopping=lambda: True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("OSError(28, 'No space left on device')", "OSError: [Errno 28] No space left on device"),
+        ("MemoryError()", "MemoryError: "),
+    ],
+)
+def test_a_machine_that_fails_says_nothing_about_the_snapshot(
+    failure: str, said: str, closed_form_folder: Path, spec: DatasetSpec
+) -> None:
+    program = (
+        "from fm_inference import validate\n"
+        "def fail(*_, **__): raise " + failure + "\n"
+        "validate.snapshot_reasons = fail\n"
+        "validate.main()\n"
+    )
+    request = Request(
+        folder=closed_form_folder, spec=spec, fm="closed", snapshot_id="s1", sha256="0" * 64, fixed_outputs=None,
+        device="cpu", bf16=False,
+    )  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-c", program], input=request.model_dump_json().encode(), capture_output=True, check=True
+    )
+    with pytest.raises(NoVerdictError) as error:
+        _read_verdict(child.returncode, child.stdout, child.stderr)
+    assert str(error.value) == said
+
+
+def test_a_child_that_ends_without_a_verdict_says_nothing_about_the_snapshot() -> None:
+    with pytest.raises(NoVerdictError, match="exit code 1 and no verdict"):
+        _read_verdict(1, b"", b"ImportError")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children with their parent on Linux alone")
+def test_the_child_ends_with_a_worker_that_is_killed(closed_form_folder: Path, spec: DatasetSpec) -> None:
+    program = (
+        "import sys; from pathlib import Path; from schemas.dataset import DatasetSpec\n"
+        "from fm_inference.validate import validate_snapshot\n"
+        "validate_snapshot(Path(sys.argv[1]), DatasetSpec.model_validate_json(sys.argv[2]), fm='closed',"
+        " snapshot_id='s1', sha256='0' * 64)\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", program, str(closed_form_folder), spec.model_dump_json()])
+    deadline = time.monotonic() + 60
+    children: list[psutil.Process] = []
+    while not children or "leash.py" in " ".join(children[0].cmdline()):
+        assert time.monotonic() < deadline
+        children = psutil.Process(worker.pid).children()
+    children[0].suspend()  # so that it can't end by itself
+    worker.kill()
+    worker.wait()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
 def test_the_child_sees_no_settings_of_the_service(

@@ -1,0 +1,94 @@
+"""A table to augment as JSON: rows, and what is asked about them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import pyarrow as pa
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from das_service.door.json_body import JSON_SHARE
+from das_service.door.spool import Spool
+from das_service.door.validation import BodyLimits
+from das_service.errors import InvalidRowsError, TooLargeError
+from das_service.supervision.answer import EmbeddingFormat, LookupQuery
+from das_service.supervision.augment import Upload, refuse_bad_rows
+from das_service.supervision.lookup_body import Gap, body_refusal
+from schemas.dataset import TIMESTAMP
+
+Echo = Literal["all", "supervision"]
+
+
+class AugmentRow(BaseModel):
+    """One row of a trainer's table; any other members are its own columns."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    example_id: str
+    event_time: AwareDatetime
+
+
+class AugmentBody(BaseModel):
+    """The JSON body of augment."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "fms": ["teacher"],
+                "rows": [{"example_id": "a", "event_time": "2024-05-01T12:00:00Z", "label": 1}],
+            }
+        },
+    )
+
+    fms: Annotated[tuple[str, ...], Field(min_length=1, description="FMs of the dataset.")]
+    rows: tuple[AugmentRow, ...] = Field(description="The trainer's rows; their order and repeats are kept.")
+    outputs: tuple[str, ...] | None = Field(None, description="Tasks and embeddings wanted; default: all.")
+    embedding_format: EmbeddingFormat = Field("float16", description="How embeddings are handed out.")
+    max_freshness_gap_seconds: Gap | None = Field(None, description="A larger event_time - trained_through is stale.")
+    columns: Echo = Field("all", description="supervision leaves the caller's own columns out of the answer.")
+
+
+def parse_augment_json(spool: Spool, limits: BodyLimits) -> tuple[Upload, LookupQuery, Echo]:
+    """Give the table of a JSON body and what is asked.
+
+    Raises:
+        BadRequestError: It is not JSON.
+        InvalidRowsError: It has another shape, or the columns of the rows have no common type.
+        TooLargeError: It has too many bytes or rows.
+    """
+    most = limits.max_decoded_bytes // JSON_SHARE
+    if spool.num_bytes > most:
+        raise TooLargeError(f"a JSON body may have {most} bytes; send Arrow for more")
+    try:
+        asked = AugmentBody.model_validate_json(bytes(spool.data), strict=True)
+    except ValidationError as error:
+        raise body_refusal(error) from None
+    if len(asked.rows) > limits.max_rows:
+        raise TooLargeError(
+            f"the body has {len(asked.rows)} rows; a JSON request may have {limits.max_rows}: send Arrow"
+        )
+    table = _table(asked.rows)
+    upload = Upload(schema=table.schema, source=table)
+    refuse_bad_rows(upload.batches())
+    query = LookupQuery(
+        fms=tuple(dict.fromkeys(asked.fms)),
+        outputs=asked.outputs,
+        embedding_format=asked.embedding_format,
+        max_freshness_gap_seconds=asked.max_freshness_gap_seconds,
+    )
+    return upload, query, asked.columns
+
+
+def _table(rows: Sequence[AugmentRow]) -> pa.Table:
+    names = dict.fromkeys(name for row in rows for name in (row.model_extra or {}))
+    try:
+        columns = {
+            "example_id": pa.array([row.example_id for row in rows], pa.string()),
+            "event_time": pa.array([row.event_time for row in rows], TIMESTAMP),
+            **{name: pa.array([(row.model_extra or {}).get(name) for row in rows]) for name in names},
+        }
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        line = str(error).split("\n", 1)[0][:300]
+        raise InvalidRowsError(f"the rows do not make a table: {line}", code="invalid_body") from None
+    return pa.table(columns).combine_chunks()

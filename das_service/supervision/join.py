@@ -1,0 +1,431 @@
+"""The offline join: what FMs said of a caller's rows, from the tables, window by window, in the caller's order.
+
+Per window and FM one query: the window is the build side, the files of the event days that it touches are the probe
+side, and what is found is scattered by row number into buffers of fixed width. Rows that the tables lack are looked
+for in the online store, where their partition has entries on the way.
+
+An example may have supervision of several snapshots. The earliest scored that is valid counts (trained_through <=
+event_time as stored; of two scored at the same instant the smaller snapshot_id); if none is valid, the row is leaky.
+
+Source: docs/adr/0007-the-offline-join.md
+"""
+
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import redis
+from numpy.typing import NDArray
+
+from das_service.errors import UnavailableError
+from das_service.folder import Folder
+from das_service.logs.records import dead_log, read_mark, scored_log, table_of_log
+from das_service.logs.streams import read_counters
+from das_service.registry import Catalog, FmRecord
+from das_service.supervision.answer import (
+    PRESENT,
+    STATUSES,
+    Judged,
+    LookupQuery,
+    judge,
+    refuse_unknown_outputs,
+    supervision_columns,
+    trained_through_by_number,
+)
+from das_service.supervision.lookup import Asked, fetch_values, unfinished_partitions
+from das_service.supervision.windows import Window, days_of
+from das_service.tables.duck import Duck, quoted_path
+from das_service.tables.offline_store import TablePlace, TableReader, known_rows, table_place
+from schemas import keys
+from schemas.dataset import DatasetSpec
+from schemas.snapshot import OutputColumns
+from schemas.supervision import FAILED, online_layout
+from schemas.tables import dead_letters_table, supervision_table
+
+_BATCH_ROWS = 50_000
+_ID_BYTES = 256
+_ROW_BYTES = 32
+_WINDOW_ROWS, _WINDOW_BYTES = 1_000_000, 256 * 1024 * 1024
+Columns: TypeAlias = "dict[str, NDArray[Any]]"
+Int64s: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """The supervision of a window's rows, and per FM how many of them have each status (in the order of STATUSES)."""
+
+    columns: pa.Table
+    counts: Mapping[str, NDArray[np.int64]]
+
+
+class OfflineJoin:
+    """Joins rows with the tables of a dataset as they are when it is made. One thread."""
+
+    def __init__(
+        self,
+        duck: Duck,
+        folder: Folder,
+        catalog: Catalog,
+        dataset: str,
+        query: LookupQuery,
+        *,
+        client: redis.Redis | None,
+    ) -> None:
+        """Look at the tables; client: the online store, None if it can't be asked (what is on the way is missing).
+
+        Raises:
+            UnknownNameError: The dataset or an FM is not declared.
+            InvalidRowsError: An output is not one of any FM's.
+        """
+        self.spec: DatasetSpec = catalog.spec(dataset)
+        records = [catalog.fm(dataset, fm) for fm in query.fms]
+        refuse_unknown_outputs(records, query)
+        self._duck = duck
+        self._query = query
+        self._fms = [_FmTables.open(folder, catalog, dataset, record, client) for record in records]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns that are added, in their order."""
+        fields: list[pa.Field] = []
+        for fm in self._fms:
+            empty = {name: np.empty((0, *shape), kind) for name, kind, shape in fm.layout(self._query)}
+            judged = Judged(np.zeros(0, np.int8), empty, fm.record.snapshots, fm.trained_through_us)
+            fields += [field for field, _ in supervision_columns(judged, fm.record, self._query)]
+        return pa.schema(fields)
+
+    def join(self, window: Window) -> Joined:
+        """Give the supervision of the window's rows, in their order.
+
+        Raises:
+            OverloadedError: No permit for DuckDB came free.
+            TooLargeError: The ids take more than a window may.
+        UnavailableError: The memory or the spill disk is used up, or the registry lags behind the tables.
+        """
+        fields: list[pa.Field] = []
+        arrays: list[pa.Array] = []
+        counts = {}
+        for fm in self._fms:
+            judged = self._judge(window, fm)
+            counts[fm.record.fm] = np.bincount(judged.status, minlength=len(STATUSES))
+            for field, array in supervision_columns(judged, fm.record, self._query):
+                fields.append(field)
+                arrays.append(array)
+        return Joined(columns=pa.table(arrays, schema=pa.schema(fields)), counts=counts)
+
+    def _judge(self, window: Window, fm: "_FmTables") -> Judged:
+        try:
+            with self._duck.cursor() as cursor:
+                window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS))
+                return _WindowJoin(cursor, window, fm, self._query, self.spec).judge()
+        except duckdb.OutOfMemoryException as error:
+            raise UnavailableError(
+                "the join needs more memory or spill disk than it may have (DAS_DUCKDB_MEMORY_BYTES)",
+                code="join_memory",
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FmTables:
+    """One FM's tables at one moment.
+
+    on_the_way: partitions whose rows may be online and not yet in the tables; unfinished: those of them with examples
+    that the FM has yet to score. Both were asked before the tables.
+    """
+
+    client: redis.Redis | None
+    dataset: str
+    record: FmRecord
+    trained_through_us: Int64s
+    supervision: "_Table"
+    dead_letters: "_Table"
+    unfinished: frozenset[int]
+    on_the_way: frozenset[int]
+
+    @classmethod
+    def open(
+        cls, folder: Folder, catalog: Catalog, dataset: str, record: FmRecord, client: redis.Redis | None
+    ) -> "_FmTables":
+        partitions = range(catalog.spec(dataset).partitions)
+        unfinished: set[int] = set()
+        uncommitted: set[int] = set()
+        if client is not None:
+            unfinished = unfinished_partitions(client, dataset, record.fm, partitions)
+            uncommitted = uncommitted_partitions(client, folder, dataset, record.fm, partitions)
+        return cls(
+            client=client,
+            dataset=dataset,
+            record=record,
+            trained_through_us=trained_through_by_number(catalog, dataset, record),
+            supervision=_Table.open(table_place(folder, dataset, supervision_table(record.fm))),
+            dead_letters=_Table.open(table_place(folder, dataset, dead_letters_table(record.fm))),
+            unfinished=frozenset(unfinished),
+            on_the_way=frozenset(unfinished | uncommitted),
+        )
+
+    def layout(self, query: LookupQuery) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        """Give (name, type, shape of a row) of the values that the query wants."""
+        yield "_state", np.dtype(np.uint8), ()
+        yield "_snapshot", np.dtype(np.int32), ()
+        yield "_event_time", np.dtype(np.int64), ()
+        yield "_scored_at", np.dtype(np.int64), ()
+        if self.record.outputs is None:
+            return
+        for task in self.record.outputs.tasks:
+            if query.wants(task):
+                yield f"{task}__logit", np.dtype(np.float32), ()
+        for name, width in self.record.outputs.widths().items():
+            if query.wants(name):
+                yield name, np.dtype(np.uint8), (width,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    place: TablePlace
+    reader: TableReader
+
+    @classmethod
+    def open(cls, place: TablePlace) -> "_Table":
+        reader = TableReader(place)
+        reader.refresh()
+        return cls(place, reader)
+
+    def source(self, cursor: duckdb.DuckDBPyConnection, event_days: Sequence[dt.date]) -> str | None:
+        """Give what a query reads these event days from, None where the table has nothing of them."""
+        rows = known_rows(self.place, self.reader.days, event_days)
+        if isinstance(rows, pads.Dataset):
+            cursor.register("stored", rows)
+            return "stored"
+        if not rows:
+            return None
+        return f"read_parquet([{', '.join(map(quoted_path, rows))}], hive_partitioning = false)"
+
+
+def uncommitted_partitions(
+    client: redis.Redis, folder: Folder, dataset: str, fm: str, partitions: Sequence[int]
+) -> set[int]:
+    """Give the partitions in which an FM's outcomes lie in its logs and not yet in its tables."""
+    found = set()
+    kinds = (scored_log(fm), dead_log(fm))
+    counters = read_counters(client, dataset, partitions, kinds)
+    for kind in kinds:
+        table = table_of_log(kind)
+        mark = None if table is None else read_mark(folder, dataset, table)
+        for partition in partitions:
+            counted = counters.get((partition, kind))
+            if counted is None or counted.last < 0:
+                continue
+            at = None if mark is None else mark.positions.get(partition)
+            if at is None or (at.epoch, at.seq) < (counted.epoch, counted.last):
+                found.add(partition)
+    return found
+
+
+class _WindowJoin:
+    """One window and one FM. `asked` is registered at the cursor."""
+
+    def __init__(
+        self,
+        cursor: duckdb.DuckDBPyConnection,
+        window: Window,
+        fm: _FmTables,
+        query: LookupQuery,
+        spec: DatasetSpec,
+    ) -> None:
+        self._cursor = cursor
+        self._window = window
+        self._fm = fm
+        self._query = query
+        self._spec = spec
+        self._days = [dt.date.fromordinal(_EPOCH + int(day)) for day in np.unique(window.event_day)]
+        self._found = np.zeros(window.num_rows, np.bool_)
+        self._values: Columns = {
+            name: _buffer(window.num_rows, kind, shape) for name, kind, shape in fm.layout(query)
+        }  # fmt: skip
+        self._values["_state"][:] = 0
+        order = sorted(range(len(fm.record.snapshots)), key=fm.record.snapshots.__getitem__)
+        self._rank = np.empty(max(1, len(order)), np.int64)
+        self._rank[order or [0]] = np.arange(max(1, len(order)))
+
+    def judge(self) -> Judged:
+        """Give status and values of every row."""
+        self._find_in_tables()
+        waits = np.zeros(self._window.num_rows, np.bool_)
+        if self._fm.on_the_way and not self._found.all():
+            self._find_on_the_way(waits)  # before the dead letters: one that is scored after all is failed no more
+        if not self._found.all():
+            self._find_dead_letters()
+        absent = ~self._found
+        for name in ("_snapshot", "_event_time"):
+            self._values[name][absent] = 0
+        status = judge(
+            self._values, self._found, waits, self._fm.trained_through_us, self._query.max_freshness_gap_seconds
+        )
+        hidden = status != PRESENT
+        if hidden.any():
+            for column in self._values.values():
+                column[hidden] = 0
+        return Judged(status, self._values, self._fm.record.snapshots, self._fm.trained_through_us)
+
+    # ---- the tables
+
+    def _find_in_tables(self) -> None:
+        source = self._fm.supervision.source(self._cursor, self._days)
+        if source is None or self._fm.record.outputs is None:
+            return
+        outputs = [name for name in self._values if not name.startswith("_")]
+        ids = ", ".join(f"'{name}'" for name in self._fm.record.snapshots)
+        columns = ", ".join(f'"{name}"' for name in outputs)
+        # The snapshots' numbers are made before the join, where DuckDB holds a file's few ids once and not per row.
+        query = (
+            f"SELECT a.row AS _row, s.* EXCLUDE (example_id) "  # noqa: S608 - declared names
+            f"FROM (SELECT example_id, epoch_us(event_time) AS _event_time, epoch_us(scored_at) AS _scored_at, "
+            f"CAST(enum_code(TRY_CAST(snapshot_id AS ENUM ({ids}))) AS INTEGER) AS _snapshot"
+            f"{', ' if outputs else ''}{columns} FROM {source}) s JOIN asked a USING (example_id)"
+        )
+        for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
+            self._take(batch)
+
+    def _take(self, batch: pa.RecordBatch) -> None:
+        """Scatter what was found, by row number."""
+        if batch.column("_snapshot").null_count:
+            raise UnavailableError(
+                f"the supervision of FM {self._fm.record.fm!r} names a snapshot that the registry does not know yet; "
+                "try again",
+                code="registry_behind",
+            )
+        found = {name: _values_of(batch.column(name), self._values.get(name)) for name in batch.schema.names}
+        rows = found.pop("_row")
+        chosen: Any = self._same_day(rows, found["_event_time"])
+        if chosen is not None:
+            rows = rows[chosen]
+            found = {name: values[chosen] for name, values in found.items()}
+        better = self._better(rows, found)
+        if better is not None:
+            rows = rows[better]
+            found = {name: values[better] for name, values in found.items()}
+        for name, values in found.items():
+            _as_items(self._values[name])[rows] = _as_items(values)
+        self._found[rows] = True
+
+    def _same_day(self, rows: NDArray[np.int32], event_time: Int64s) -> NDArray[np.bool_] | None:
+        """Give which rows are the caller's examples: of the same event day; None for all."""
+        if len(self._days) == 1:
+            return None
+        same = days_of(event_time, self._spec.table_granularity) == self._window.event_day[rows]
+        return None if same.all() else same
+
+    def _better(self, rows: NDArray[np.int32], found: Columns) -> Int64s | None:
+        """Give which of the rows stand, where an example has several snapshots; None for all."""
+        first_of = np.full(self._window.num_rows, -1, np.int32)
+        numbers = np.arange(len(rows), dtype=np.int32)
+        first_of[rows] = numbers
+        if not self._found[rows].any() and np.array_equal(first_of[rows], numbers):
+            return None
+        key = self._preference(found)
+        order = np.lexsort((*key[::-1], rows))
+        best = order[np.concatenate([[True], np.diff(rows[order]) != 0])] if len(order) else order
+        old = np.flatnonzero(self._found[rows[best]])
+        if len(old):
+            held = {name: self._values[name][rows[best[old]]] for name in ("_snapshot", "_scored_at", "_event_time")}
+            stays = _is_before(self._preference(held), [part[best[old]] for part in key])
+            best = np.delete(best, old[stays])
+        return best.astype(np.int64)
+
+    def _preference(self, found: Columns) -> list[NDArray[Any]]:
+        """Give what decides between supervision of one example, the smaller first: valid, scored_at, snapshot_id."""
+        leaks = self._fm.trained_through_us[found["_snapshot"]] > found["_event_time"]
+        return [leaks, found["_scored_at"], self._rank[found["_snapshot"]]]
+
+    # ---- what the tables do not say
+
+    def _find_dead_letters(self) -> None:
+        source = self._fm.dead_letters.source(self._cursor, self._days)
+        if source is None:
+            return
+        query = f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM {source} d JOIN asked a USING (example_id)"  # noqa: S608
+        for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
+            rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()
+            same = self._same_day(rows, event_time)
+            failed = rows if same is None else rows[same]
+            failed = failed[~self._found[failed]]
+            self._values["_state"][failed] = FAILED
+            self._values["_snapshot"][failed] = 0
+            self._values["_event_time"][failed] = 0
+            self._found[failed] = True
+
+    def _find_on_the_way(self, waits: NDArray[np.bool_]) -> None:
+        """Look rows up online whose partition has entries on the way; mark those that are still to be scored."""
+        client, record = self._fm.client, self._fm.record
+        left = np.flatnonzero(~self._found)
+        if client is None or not len(left):
+            return
+        self._cursor.register("wanted", pa.table({"row": pa.array(left.astype(np.int32))}))
+        asked = self._cursor.sql("SELECT a.row, a.example_id FROM asked a JOIN wanted USING (row)").to_arrow_table()
+        rows = asked["row"].to_numpy()
+        digest = keys.digest_array(asked["example_id"].combine_chunks())
+        partitions = keys.partitions_of(digest, self._spec.partitions)
+        near = np.isin(partitions, list(self._fm.on_the_way))
+        rows, partitions = rows[near], partitions[near]
+        waits[rows] = np.isin(partitions, list(self._fm.unfinished))
+        layout = online_layout(record.outputs or OutputColumns(tasks=(), embeddings={}))
+        days = self._window.event_day[rows].astype("datetime64[D]")
+        digests = keys.digest_words(digest).view(np.uint8)[near]
+        asked_rows = Asked(self._fm.dataset, self._spec, digests, partitions, days)
+        records, found = fetch_values(client, record.fm, layout, asked_rows)
+        if found.any() and int(records["_snapshot"][found].max()) >= max(1, len(record.snapshots)):
+            raise UnavailableError(
+                f"a value of FM {record.fm!r} names a snapshot that the registry does not know yet; try again",
+                code="registry_behind",
+            )
+        for name, column in self._values.items():
+            column[rows[found]] = records[name][found]
+        self._found[rows[found]] = True
+
+
+_EPOCH = dt.date(1970, 1, 1).toordinal()
+
+
+def window_rows(bytes_per_row: int) -> int:
+    """Give how many rows a window may have when an FM's supervision of a row takes so many bytes."""
+    return max(_BATCH_ROWS, min(_WINDOW_ROWS, _WINDOW_BYTES // (bytes_per_row + _ROW_BYTES)))
+
+
+def _buffer(num_rows: int, kind: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Give an array of Arrow's memory pool, not cleared: fresh pages for each window cost as much as the scatter."""
+    num_items = num_rows * int(np.prod(shape, dtype=np.int64))
+    return np.frombuffer(pa.allocate_buffer(num_items * kind.itemsize), kind).reshape(num_rows, *shape)
+
+
+def _values_of(column: pa.Array, like: NDArray[Any] | None) -> NDArray[Any]:
+    """Give a column without nulls as an array; a binary of fixed width as (rows, width) bytes."""
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+        return values
+    width = 0 if like is None else like.shape[1]
+    offset_kind = np.int32 if pa.types.is_binary(column.type) else np.int64
+    _, offsets_buffer, data = column.buffers()
+    offsets = np.frombuffer(offsets_buffer, offset_kind)[column.offset : column.offset + len(column) + 1]
+    return np.frombuffer(data, np.uint8)[int(offsets[0]) : int(offsets[-1])].reshape(len(column), width)
+
+
+def _as_items(values: NDArray[Any]) -> NDArray[Any]:
+    """Give (rows, width) bytes as one item a row: numpy moves an item at once, not byte by byte."""
+    if values.ndim == 1 or values.shape[1] == 0:
+        return values
+    return np.ascontiguousarray(values).view(np.dtype((np.void, values.shape[1]))).reshape(len(values))
+
+
+def _is_before(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Give where the first key is not after the second, compared part by part."""
+    before = np.zeros(len(first[0]), np.bool_)
+    equal = np.ones(len(first[0]), np.bool_)
+    for one, other in zip(first, second, strict=True):
+        before |= equal & (one < other)
+        equal &= one == other
+    return before | equal
