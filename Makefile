@@ -2,8 +2,9 @@
 #
 #   make setup    an environment with the pinned versions of constraints.txt
 #   make check    formatting, lint, types, layers
-#   make test     all tests, on the Valkey wheel and, where apt exists, on Debian's Redis too
+#   make test     all tests, on the Valkey wheel and, where apt exists, on Debian's Redis and Prometheus too
 #   make demo     the whole service on public data; ARGS="..." goes to `das demo`
+#   make bench    every stage against its floor; ARGS="--write NAME" keeps the result and renders the README's table
 #   make fix      formats and repairs what ruff can repair
 #
 # PYTHON=python3.12 picks another interpreter. TORCH_INDEX=<the torch project's CPU index> picks another build of torch
@@ -18,7 +19,7 @@ STAMP := $(VENV)/setup-$(shell cat pyproject.toml constraints.txt | cksum | cut 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo fix
+.PHONY: help setup check test demo bench fix
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,10 +42,14 @@ check: $(STAMP)
 
 test: $(STAMP)
 	sh tests/fetch_redis.sh $(CURDIR)/$(VENV)/redis
+	sh tests/fetch_prometheus.sh $(CURDIR)/$(VENV)/prometheus
 	$(BIN)/python -m pytest $(ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/das demo $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -m loadtest.bench $(ARGS)
 
 fix: $(STAMP)
 	$(BIN)/ruff format

@@ -1,7 +1,8 @@
 """`das demo`: the service on public data, from raw purchases to supervision that a trainer can read.
 
 A teacher is trained on weeks 1-26 of Complete Journey and published; the weeks after are streamed over HTTP in the
-order of time, as a product would; then every impression is looked up, as a trainer would. The last line is JSON.
+order of time, as a product would; then every impression is looked up, and two students send their own tables to be
+augmented and train on them with and without supervision (experiments.students says how). The last line is JSON.
 """
 
 import argparse
@@ -26,8 +27,19 @@ from das_service.settings import load_settings
 from das_service.snapshot_publish import publish_snapshot
 from das_service.up.supervisor import SupervisorError, running_service
 from experiments import complete_journey as journey
-from experiments.demo_report import metric_sum, peak_memory_bytes, per_week, print_table, recount, to_json
-from experiments.plots import plot_teacher
+from experiments import students
+from experiments.demo_report import (
+    metric_sum,
+    peak_memory_bytes,
+    per_week,
+    print_students,
+    print_table,
+    recount,
+    to_json,
+    vm_record,
+    weekly_entropy,
+)
+from experiments.plots import plot_students, plot_teacher
 from experiments.teacher import TrainedTeacher, build_signature, train_teacher
 from fm_inference import export_snapshot
 from vm_training.metrics import auc, normalized_entropy
@@ -94,7 +106,8 @@ def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
     with clock.stage("build"):
         files = _build(folder, stream_weeks, bars)
     with clock.stage("train"):
-        teacher = _train([file.path for file in files if file.week in journey.TEACHER_WEEKS], bars, files)
+        first = [file for file in files if file.week in journey.TEACHER_WEEKS]
+        teacher = _train(first, bars)
         signature = build_signature(fm=FM, snapshot_id=SNAPSHOT)
         export_snapshot(teacher.module, signature, folder / "export", trained_through=teacher.trained_through)
     console.print(
@@ -112,11 +125,16 @@ def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
             _wait_until_committed(client, posted, bars)
         with clock.stage("lookup"):
             looked = _look_up(client, stream, bars)
+        with clock.stage("augment"):
+            augmented = _augment(client, stream, bars)
         metrics = _keep_metrics(client, service.url, folder / "metrics")
         memory = peak_memory_bytes([role["pid"] for role in service.roles() if role["pid"]])
     with clock.stage("recount"):
         counted = recount(folder / "service" / "tables", folder / "posted.parquet", dataset=DATASET, fm=FM)
     plot_teacher(path=folder / "teacher.png", **_weekly(looked))
+    with clock.stage("students"):
+        runs = _train_students(first, augmented, bars)
+        _keep_students(folder, augmented, runs)
     return {
         "folder": str(folder),
         "examples_posted": posted,
@@ -131,6 +149,7 @@ def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
             "ne": normalized_entropy(looked.logits[looked.present], looked.labels[looked.present]),
             "auc": auc(looked.logits[looked.present], looked.labels[looked.present]),
         },
+        "vms": [vm_record(name, run) for name, run in runs.items()],
         "peak_memory_mb": round(memory / 1e6),
         "seconds": clock.total(),
     }
@@ -156,10 +175,9 @@ def _build(folder: Path, stream_weeks: list[int], bars: Bars) -> tuple[journey.W
         return journey.build_impressions(folder / "weeks", weeks=weeks, on_progress=lambda _: advance(1))
 
 
-def _train(paths: list[Path], bars: Bars, files: tuple[journey.WeekFile, ...]) -> TrainedTeacher:
-    total = sum(file.num_rows for file in files if file.week in journey.TEACHER_WEEKS)
-    with bars.bar("Training the teacher on weeks 1-26, once", total) as advance:
-        return train_teacher(paths, on_progress=advance)
+def _train(files: list[journey.WeekFile], bars: Bars) -> TrainedTeacher:
+    with bars.bar("Training the teacher on weeks 1-26, once", sum(file.num_rows for file in files)) as advance:
+        return train_teacher([file.path for file in files], on_progress=advance)
 
 
 def _publish(client: Client, folder: Path) -> None:
@@ -227,6 +245,35 @@ def _look_up(client: Client, files: list[journey.WeekFile], bars: Bars) -> Looke
     return Looked(**{name: np.concatenate(parts) for name, parts in columns.items()})
 
 
+def _augment(client: Client, files: list[journey.WeekFile], bars: Bars) -> dict[str, pa.Table]:
+    """Give each student's own table with the teacher's supervision beside its columns."""
+    tables = {name: students.read_table([file.path for file in files], student=name) for name in students.STUDENTS}
+    augmented = {}
+    with bars.bar("Augmenting the tables of two students", sum(map(len, tables.values()))) as advance:
+        for name, table in tables.items():
+            augmented[name] = client.augment(DATASET, table, fms=[FM], outputs=[journey.LABEL_COLUMN])
+            advance(len(table))
+    return augmented
+
+
+def _train_students(
+    files: list[journey.WeekFile], augmented: dict[str, pa.Table], bars: Bars
+) -> dict[str, students.StudentRuns]:
+    first = [file.path for file in files]
+    with bars.bar("Training each student, three times", students.count_trained(first, augmented)) as advance:
+        return students.train_students(first, augmented, fm=FM, on_progress=advance)
+
+
+def _keep_students(folder: Path, augmented: dict[str, pa.Table], runs: dict[str, students.StudentRuns]) -> None:
+    """Keep each student's augmented table with the logits that it is judged by, and the plot."""
+    (folder / "students").mkdir()
+    for name, table in augmented.items():
+        logits = {f"logit_{run}": pa.array(values) for run, values in runs[name].logits.items()}
+        kept = pa.table(dict(zip(table.column_names, table.columns, strict=True)) | logits)
+        pq.write_table(kept, folder / "students" / f"{name}.parquet", compression="zstd")
+    plot_students(folder / "students.png", {students.STUDENTS[name]: weekly_entropy(run) for name, run in runs.items()})
+
+
 def _keep_metrics(client: Client, url: str, folder: Path) -> str:
     """Write each role's /metrics down; give all of them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[red]{error}[/red]")
         return 1
     print_table(console, record)
-    console.print(f"Everything is kept in {record['folder']}; the plot is {record['folder']}/teacher.png.")
+    print_students(console, record["vms"])
+    console.print(f"Everything is kept in {record['folder']}; the plots are teacher.png and students.png there.")
     print(to_json(record), flush=True)
     return 0
 

@@ -17,6 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.students import RUNS, STUDENTS, StudentRuns
+from vm_training.metrics import auc, normalized_entropy
+
 _SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
 
 
@@ -106,6 +109,46 @@ def print_table(console: Console, record: Mapping[str, Any]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def vm_record(name: str, runs: StudentRuns) -> dict[str, Any]:
+    """Give a student's entry in the record, over all its rows of the stream."""
+    return {
+        "name": name,
+        "rows": len(runs.labels),
+        **{f"ne_{run}": normalized_entropy(runs.logits[run], runs.labels) for run in RUNS},
+        **{f"auc_{run}": auc(runs.logits[run], runs.labels) for run in ("without", "with")},
+    }
+
+
+def weekly_entropy(runs: StudentRuns) -> dict[int, dict[str, float]]:
+    """Give each week's NE of each run."""
+    weeks = per_week(runs.weeks, {"labels": runs.labels, **runs.logits})
+    return {week: {run: normalized_entropy(part[run], part["labels"]) for run in RUNS} for week, part in weeks.items()}
+
+
+def print_students(console: Console, vms: Iterable[Mapping[str, Any]]) -> None:
+    """Print what supervision did for each student."""
+    table = Table(
+        title="What the teacher's supervision does for two students (normalised entropy, lower is better)",
+        box=box.SIMPLE_HEAVY,
+        title_justify="left",
+    )
+    table.add_column("student of", style="bold")
+    for heading in ("impressions", "NE without", "NE with", "change", "NE shuffled", "AUC without", "AUC with"):
+        table.add_column(heading, justify="right", style="cyan")
+    for vm in vms:
+        numbers = (f"{vm[name]:.4f}" for name in ("ne_shuffled", "auc_without", "auc_with"))
+        change = f"{vm['ne_with'] / vm['ne_without'] - 1:+.2%}"
+        table.add_row(
+            STUDENTS[vm["name"]], f"{vm['rows']:,}", f"{vm['ne_without']:.4f}", f"{vm['ne_with']:.4f}", change, *numbers
+        )
+    console.print(table)
+    console.print(
+        "  Same first weights, rows, order and learning rates; each batch is predicted before it is trained on.\n"
+        "  Shuffled: the same supervision on other rows. It must not help, or the gain would not be the teacher's.",
+        style="dim",
+    )
 
 
 def seconds_text(seconds: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """The plots of the experiments, drawn without a display."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ Floats = npt.NDArray[np.floating]
 _NE_COLOR: Final = "#1f5fa8"
 _AUC_COLOR: Final = "#b3541e"
 _GREY: Final = "#6b6b6b"
+_RUN_COLORS: Final = {"without": _GREY, "with": _NE_COLOR, "shuffled": _AUC_COLOR}
 _STYLE: Final = {
     "font.size": 10, "axes.edgecolor": _GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e4e4e4", "axes.axisbelow": True,
@@ -77,3 +79,42 @@ def _draw(
         note, xy=(0.01, reference), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
         color=_GREY, va="bottom",
     )  # fmt: skip
+
+
+def plot_students(path: Path, students: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+    """Write a PNG of each student's NE per week: above the three runs, below the change that supervision makes.
+
+    students: per student and week the NE of the runs `without`, `with` and `shuffled`.
+
+    Raises:
+        ValueError: There are no students, or one has no weeks.
+    """
+    if not students or not all(students.values()):
+        raise ValueError("at least one student and one week of each are needed")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10.6, 6.4), dpi=150, layout="constrained")
+        axes = figure.subplots(2, len(students), sharex="col", sharey="row", squeeze=False, height_ratios=(2, 1))
+        figure.suptitle(
+            "The same student, trained in one pass without supervision, with the teacher's,\n"
+            "and with the teacher's shuffled over the rows, each batch predicted first",
+            x=0.01, ha="left", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+        for (name, weekly), upper, lower in zip(students.items(), *axes, strict=True):
+            _draw_student(upper, lower, weekly)
+            upper.set_title(name)
+        axes[0, 0].set_ylabel("normalised entropy\n(lower is better)")
+        axes[1, 0].set_ylabel("with against without\n(% of NE)")
+        axes[0, -1].legend(frameon=False)
+        figure.savefig(path, format="png")
+
+
+def _draw_student(upper: Axes, lower: Axes, weekly: Mapping[int, Mapping[str, float]]) -> None:
+    weeks = list(weekly)
+    entropy = {run: np.array([values[run] for values in weekly.values()]) for run in _RUN_COLORS}
+    for run, color in _RUN_COLORS.items():
+        upper.plot(weeks, entropy[run], color=color, marker="o", markersize=3, linewidth=1.6, label=run)
+    change = 100 * (entropy["with"] / entropy["without"] - 1)
+    lower.axhline(0, color=_GREY, linewidth=1)
+    lower.bar(weeks, change, color=_NE_COLOR)
+    lower.set_xlabel(f"week of the stream (mean change {change.mean():+.2f} %)")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))

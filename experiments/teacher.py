@@ -141,7 +141,7 @@ def train_teacher(
         raise ValueError(f"there are no rows to train on in {len(paths)} files")
     logits, labels = [], []
     num_seen = last_event_time = 0
-    with _torch_settings(seed=seed, num_threads=num_threads):
+    with torch_settings(seed=seed, num_threads=num_threads):
         module = Teacher()
         tables, layers = build_optimizers(module)
         for batch in iter_batches(paths):
@@ -177,13 +177,20 @@ def iter_batches(paths: Sequence[Path], *, batch_rows: int = _BATCH_ROWS) -> Ite
         if len(times) and (times[0] <= previous or np.any(np.diff(times) < 0)):
             raise ValueError(f"{path} is not in the order of event_time, or not after the file before it")
         tensors, labels = build_tensors(table, INPUTS), torch.from_numpy(table[LABEL_COLUMN].to_numpy().copy())
-        start = 0
-        while start < len(times):
-            previous = int(times[min(start + batch_rows, len(times)) - 1])
-            stop = int(np.searchsorted(times, previous, side="right"))
+        for start, stop in iter_cuts(times, batch_rows=batch_rows):
+            previous = int(times[stop - 1])
             part = {name: tensor[start:stop] for name, tensor in tensors.items()}
             yield Batch(tensors=part, labels=labels[start:stop], last_event_time=previous)
-            start = stop
+
+
+def iter_cuts(event_times: npt.NDArray[np.int64], *, batch_rows: int) -> Iterator[tuple[int, int]]:
+    """Give start and stop of consecutive batches of about batch_rows; a batch ends where the (ordered) time changes."""
+    start = 0
+    while start < len(event_times):
+        last = event_times[min(start + batch_rows, len(event_times)) - 1]
+        stop = int(np.searchsorted(event_times, last, side="right"))
+        yield start, stop
+        start = stop
 
 
 def predict_logits(module: nn.Module, columns: pa.Table, *, batch_rows: int = MAX_BATCH) -> npt.NDArray[np.float32]:
@@ -233,7 +240,8 @@ def train_batch(module: Teacher, batch: Batch, optimizers: Sequence[torch.optim.
 
 
 @contextmanager
-def _torch_settings(*, seed: int, num_threads: int) -> Iterator[None]:
+def torch_settings(*, seed: int, num_threads: int) -> Iterator[None]:
+    """Train with this seed and number of threads; the process's own come back."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
