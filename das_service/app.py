@@ -5,12 +5,14 @@ import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from das_service.door.auth import load_tokens
+from das_service.door.http_protocol import BoundedHttp
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
 from das_service.metrics import Metrics, package_version
@@ -82,22 +84,32 @@ def main(settings: Settings) -> int:
         SettingsError: Anybody on the network could reach it, and there are no tokens.
     """
     describe_access(settings)
+    server = uvicorn.Server(server_config(settings))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when it is done
+    server.run()
+    return 0 if server.started else 1
+
+
+def server_config(settings: Settings) -> uvicorn.Config:
+    """Give how the API is served.
+
+    Raises:
+        SettingsError: DAS_BIND has another shape than host:port.
+    """
     host, port = parse_bind(settings.bind)
-    config = uvicorn.Config(
+    return uvicorn.Config(
         create_app(settings),
         host=host,
         port=port,
+        http=partial(BoundedHttp, head_seconds=settings.body_timeout_seconds),  # type: ignore[arg-type] - makes one
+        ws="none",
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_seconds),
         backlog=512,
         timeout_keep_alive=75,
     )
-    server = uvicorn.Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when it is done
-    server.run()
-    return 0 if server.started else 1
 
 
 def describe_access(settings: Settings) -> str:

@@ -39,7 +39,7 @@ from das_service.redis_client import connect, run_script
 from das_service.registry import Catalog, FmRecord, Registry, parse_catalog, read_revision
 from das_service.settings import Settings
 from das_service.sink.rescore import keep_starts
-from das_service.sink.rescore_plan import Loss, Reach, plan_of_loss, write_loss
+from das_service.sink.rescore_plan import Loss, Reach, write_loss
 from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.entries import Position, parse_position
@@ -160,7 +160,7 @@ class _DatasetRecovery:
             self._make_groups(fm, record)
             write_loss(self._folder, self._dataset, fm, losses[fm])
             show_planned(self._client, self._dataset, fm, [NOT_COUNTED] * len(self._partitions))
-            touched[f"{self._dataset}/{fm}"] = len(plan_of_loss(losses[fm], examples.days).days)
+            touched[f"{self._dataset}/{fm}"] = len(losses[fm].touched(examples.days))
         write_logs_file(self._folder, self._dataset, replace(self._recorded, epoch=self.epoch))
         return touched
 

@@ -1,1 +1,1 @@
-"""Replays of public data that show what the service gives: data set, teacher, plots, and the demo's driver."""
+"""Replays of public data that show what the service gives: data set, teacher, students, plots, the demo's driver."""

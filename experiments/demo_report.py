@@ -17,10 +17,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.students import RUNS, STUDENTS, StudentRuns
+from experiments.students import RUNS, StudentRuns
 from vm_training.metrics import auc, normalized_entropy
 
 _SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
+
+_STUDENTS_NOTE = """\
+  One student of the products on display, one of those in the mailer; NE: lower
+  is better. Same first weights, rows and learning rates; each batch is predicted,
+  then trained on. Shuffled: the same supervision on other rows, which must not
+  help, or the gain would not be what the teacher says of the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,27 +134,23 @@ def weekly_entropy(runs: StudentRuns) -> dict[int, dict[str, float]]:
 
 
 def print_students(console: Console, vms: Iterable[Mapping[str, Any]]) -> None:
-    """Print what supervision did for each student."""
-    table = Table(
-        title="What the teacher's supervision does for two students (normalised entropy, lower is better)",
-        box=box.SIMPLE_HEAVY,
-        title_justify="left",
-    )
-    table.add_column("student of", style="bold")
-    for heading in ("impressions", "NE without", "NE with", "change", "NE shuffled", "AUC without", "AUC with"):
+    """Print what supervision did for each student, in 80 columns."""
+    title = "What supervision does for two students"
+    table = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left", collapse_padding=True)
+    table.add_column("student", style="bold")
+    for heading in ("rows", "NE\nwithout", "NE\nwith", "change", "NE\nshuffled", "AUC\nwithout", "AUC\nwith"):
         table.add_column(heading, justify="right", style="cyan")
     for vm in vms:
-        numbers = (f"{vm[name]:.4f}" for name in ("ne_shuffled", "auc_without", "auc_with"))
         change = f"{vm['ne_with'] / vm['ne_without'] - 1:+.2%}"
-        table.add_row(
-            STUDENTS[vm["name"]], f"{vm['rows']:,}", f"{vm['ne_without']:.4f}", f"{vm['ne_with']:.4f}", change, *numbers
-        )
+        entropy, others = (vm["ne_without"], vm["ne_with"]), (vm["ne_shuffled"], vm["auc_without"], vm["auc_with"])
+        numbers = (*map(_four, entropy), change, *map(_four, others))
+        table.add_row(vm["name"], f"{vm['rows']:,}", *numbers)
     console.print(table)
-    console.print(
-        "  Same first weights, rows, order and learning rates; each batch is predicted before it is trained on.\n"
-        "  Shuffled: the same supervision on other rows. It must not help, or the gain would not be the teacher's.",
-        style="dim",
-    )
+    console.print(_STUDENTS_NOTE, style="dim")
+
+
+def _four(value: float) -> str:
+    return f"{value:.4f}"
 
 
 def seconds_text(seconds: Mapping[str, float]) -> str:

@@ -84,7 +84,10 @@ def refusal(client: redis.Redis, tables: Folder, dataset: str) -> str:
 
 
 class Lane:
-    """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker."""
+    """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker.
+
+    busy_since: when the device thread took the batch that it is at (monotonic seconds), None when it waits for one.
+    """
 
     def __init__(self, context: RoleContext, *, dataset: str, fm: str, partitions: int) -> None:
         self._context = context
@@ -94,6 +97,7 @@ class Lane:
         self.halted = ""
         self.peers = Peers(by_instance={}, trust_absence=False)
         self.rows_scored = 0
+        self.busy_since: float | None = None
         self.threads: list[threading.Thread] = []
         self._tables = Folder(context.settings.tables_uri, context.settings.storage_options)
         self._guard = connect(context.settings)
@@ -234,10 +238,12 @@ class Lane:
                 if self.is_stopping():
                     return
                 continue
+            self.busy_since = time.monotonic()
             try:
                 self._score(work)
             except LaneStoppedError:
                 return
+            self.busy_since = None
 
     def _score(self, work: _Work) -> None:
         deliveries = work.rows.deliveries

@@ -7,7 +7,7 @@ thread runs new snapshots in a child process first.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import redis
@@ -32,6 +32,7 @@ log = logging.getLogger("das.worker")
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
 _RETRY_LOAD_SECONDS = 5.0
+_STUCK_SECONDS = 120.0
 
 
 class Worker:
@@ -65,8 +66,16 @@ class Worker:
         found = [f"thread {name} died; the process ends" for name in self._dead]
         found += [self._away] if self._away else []
         found += [f"{lane.name}: {lane.halted}" for lane in list(self._lanes.values()) if lane.halted]
+        found += list(self._stuck_lanes())
         found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in list(self._failures.items())]
         return found
+
+    def _stuck_lanes(self) -> Iterator[str]:
+        now = time.monotonic()
+        for lane in list(self._lanes.values()):
+            since = lane.busy_since
+            if since is not None and now - since > _STUCK_SECONDS:
+                yield f"{lane.name}: the model has been at one batch for {now - since:.0f} s"
 
     def info(self) -> dict[str, Any]:
         """Give what goes into the beats."""
@@ -162,10 +171,12 @@ class Worker:
         """Run a lane's thread; its end ends the process, also while the manager is loading a model for minutes."""
         try:
             target()
+            is_dead = not lane.is_stopping()
         except BaseException:
             log.exception("%s: a thread died", lane.name)
+            is_dead = True
+        if is_dead:
             self._dead.append(threading.current_thread().name)
-        finally:
             self._context.stopping.set()
 
     def _join_lanes(self) -> None:

@@ -61,7 +61,7 @@ class Joins:
         with Client(self._service.url) as client:
             answer = client.augment_files(DATASET, caller, target, fms=[FM], folder=self._service.folder.root)
         target.unlink()
-        return self._whole(answer)
+        return self._complete(answer)
 
     def over_http(self, caller: Path) -> Record:
         """Give what `Client.augment` takes from table to table."""
@@ -72,16 +72,21 @@ class Joins:
             seconds = time.perf_counter() - start
         present = answer[f"{FM}__status"].unify_dictionaries().value_counts().to_pylist()
         rows = sum(found["counts"] for found in present if found["values"] == "present")
-        return self._whole({"rows": rows, "seconds": seconds})
+        return self._complete({"rows": rows, "seconds": seconds})
 
     def _run(self, module: str, *arguments: str) -> Record:
         command = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(
             command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, timeout=_JOIN_SECONDS, check=True
         )
-        return self._whole(dict(json.loads(done.stdout.splitlines()[-1])))
+        return self._complete(dict(json.loads(done.stdout.splitlines()[-1])))
 
-    def _whole(self, answer: Record) -> Record:
+    def _complete(self, answer: Record) -> Record:
+        """Give the answer back if every row has supervision.
+
+        Raises:
+            RuntimeError: Rows are missing.
+        """
         if answer["rows"] != self._num_rows:
             raise RuntimeError(f"{answer['rows']} of {self._num_rows} rows came out")
         return answer

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,7 +66,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    ingest=Size(20, 7),
+    ingest=Size(14, 6),  # stays below the size at which the server would rewrite its log in the middle
     stream_chunks=240,
     lookup_rounds=100,
     worker=Size(8, 3),
@@ -107,7 +107,9 @@ def measure_worker(folder: Path, sizes: Sizes) -> Record:
     """Give the lines of the worker with either FM."""
     lines = {}
     for name, fm, size in (("worker", "compute_bound", sizes.worker), ("worker_free", "free", sizes.worker_free)):
-        lines[name] = _in_own_process("worker", folder / name, fm=fm, num_chunks=size.num_chunks, rounds=size.rounds)
+        lines[name] = _in_own_process(
+            "worker", folder / name, environment=_ONE_THREAD, fm=fm, num_chunks=size.num_chunks, rounds=size.rounds
+        )
     return lines
 
 
@@ -131,18 +133,20 @@ STAGES: dict[str, Callable[[Path, Sizes], Record]] = {
 }
 
 
-def _in_own_process(module: str, folder: Path, **options: object) -> Record:
-    """Run `python -m loadtest.<module>` with a worker's environment; give what it prints.
+def _in_own_process(
+    module: str, folder: Path, *, environment: Mapping[str, str] | None = None, **options: object
+) -> Record:
+    """Run `python -m loadtest.<module>` with these options; give what it prints.
 
     Raises:
         StageError: It failed; it has said why on stderr.
     """
     command = [sys.executable, "-m", f"loadtest.{module}", f"--folder={folder}"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    environment = {**os.environ, **_ONE_THREAD}
+    variables = {**os.environ, **(environment or {})}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, timeout=_STAGE_SECONDS, check=True
+            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, timeout=_STAGE_SECONDS, check=True
         )
     except subprocess.SubprocessError as error:
         raise StageError(f"loadtest.{module} failed: {error}") from error
@@ -195,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("stopped")
             return 130
-        except (StageError, SupervisorError, NoServerError) as error:
+        except (StageError, SupervisorError, NoServerError, RuntimeError, TimeoutError) as error:
             say(str(error))
             return 1
     print_table(Console(), record)

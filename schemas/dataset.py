@@ -1,5 +1,6 @@
 """A dataset: the union of the VM streams that share one table, declared once, grown only by nullable features."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
@@ -71,9 +72,9 @@ class DatasetSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    entity_key: tuple[Name, ...] = ()
-    features: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=4096)]
-    tasks: tuple[Task, ...] = ()
+    entity_key: Annotated[tuple[Name, ...], Field(fail_fast=True, max_length=64)] = ()
+    features: Annotated[tuple[Feature, ...], Field(fail_fast=True, min_length=1, max_length=4096)]
+    tasks: Annotated[tuple[Task, ...], Field(fail_fast=True, max_length=1024)] = ()
     partitions: Annotated[int, Field(ge=1, le=1024)] = 4
     table_granularity: Literal["day", "week", "month"] = "day"
     max_future_seconds: Annotated[int, Field(ge=0)] = 300
@@ -84,7 +85,7 @@ class DatasetSpec(BaseModel):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         for kind, names in (("feature", [f.name for f in self.features]), ("task", [t.name for t in self.tasks])):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             if repeated:
                 raise ValueError(f"{kind} names repeat: {', '.join(repeated)}")
         categories = {f.name for f in self.features if f.type == "category"}

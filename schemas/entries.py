@@ -8,7 +8,7 @@ Fields (names are one byte: they are stored with each entry):
     n  rows
     t  when the server took it, microseconds (received_at; available_at in a scored log)
     r  rows, and  b  bytes of data, of this log up to and including this entry
-    m  JSON about the whole chunk (a scored chunk's snapshot; `traceparent` of the request that brought it, if it had one)
+    m  JSON about the whole chunk: a scored chunk's snapshot; `traceparent` of the request that brought it, if any
     d  the record batch as an Arrow IPC message without its schema
 """
 

@@ -14,7 +14,7 @@ import redis
 import uvicorn
 from starlette.testclient import TestClient
 
-from das_service.app import create_app
+from das_service.app import create_app, server_config
 from das_service.beats import beat
 from das_service.folder import Folder
 from das_service.logs.records import EXAMPLES, dead_log, scored_log
@@ -129,7 +129,7 @@ def serve(settings: Settings) -> Iterator[Api]:
 def serve_over_tcp(settings: Settings) -> Iterator[int]:
     """The app behind a socket of uvicorn; gives the port."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_level="error", access_log=False))
+    server = uvicorn.Server(server_config(settings.model_copy(update={"bind": f"127.0.0.1:{port}"})))
     thread = threading.Thread(target=server.run)
     thread.start()
     deadline = time.monotonic() + 10

@@ -1,6 +1,5 @@
 """What of a spool folder this process still holds: open files, mappings, and names that can be seen."""
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 
 def held_spools(folder: Path) -> list[str]:
     """Give the files of the folder that are open, mapped or named; unnamed ones have a path too."""
-    gc.collect()
     held = [str(path) for path in folder.iterdir()]
     for handle in list(Path("/proc/self/fd").iterdir()):
         try:

@@ -1,1 +1,1 @@
-"""The student's side. So far: `metrics`, what an evaluation reports (normalised entropy, AUC, calibration)."""
+"""The student's side. So far: `losses` (distillation) and `metrics` (normalised entropy, AUC, calibration)."""

@@ -225,7 +225,8 @@ class Client:
         )
         answers = []
         for start in range(0, max(1, request.num_rows), ROWS_PER_AUGMENT):
-            piece = replace(call, content=write_table(request.slice(start, ROWS_PER_AUGMENT)))
+            rows = request.slice(start, ROWS_PER_AUGMENT).combine_chunks()  # a chunk is a batch, and they are counted
+            piece = replace(call, content=write_table(rows))
             answers.append(read_table(self._caller.send(piece, timeout_seconds=AUGMENT_SECONDS).content))
             refuse_collision(table, answers[0].schema.names)
             if on_progress is not None:

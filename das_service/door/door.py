@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from typing import TypeVar
 
+import anyio.to_thread
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from das_service.door.json_body import parse_json
-from das_service.errors import DasError, InvalidRowsError, OverloadedError, TooLargeError
+from das_service.door.json_body import parse_model
+from das_service.errors import DasError, OverloadedError, TooLargeError
 from schemas.wire import ARROW_STREAM, JSON
 
 DECLARATION_BYTES = 4 * 1024 * 1024
@@ -120,19 +122,21 @@ async def read_declaration(request: Request, model: type[_M], *, timeout_seconds
     if body_type(request) != JSON:
         raise media_type_error(f"the body must be {JSON}")
     body = await read_body(request, max_bytes=DECLARATION_BYTES, timeout_seconds=timeout_seconds)
-    parse_json(body, max_bytes=DECLARATION_BYTES)
-    try:
-        return model.model_validate_json(body, strict=True)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in found[:100]]
-        told = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
-        raise InvalidRowsError(told, code="invalid_body", extra={"errors": errors}) from None
+    return await anyio.to_thread.run_sync(lambda: parse_model(body, model, max_bytes=DECLARATION_BYTES))
 
 
 def body_type(request: Request) -> str:
-    """Give the media type of the body, without its parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """Give the media type of the body, without its parameters.
+
+    Raises:
+        DasError: 415, it is JSON in another charset than UTF-8.
+    """
+    stated = Message()
+    stated["content-type"] = request.headers.get("content-type", "")
+    kind, charset = stated["content-type"].partition(";")[0].strip().lower(), stated.get_content_charset("utf-8")
+    if kind == JSON and charset not in {"utf-8", "utf8", "us-ascii"}:
+        raise media_type_error(f"the body must be {JSON} in UTF-8, not in {charset}")
+    return kind
 
 
 def data_type(request: Request) -> str:

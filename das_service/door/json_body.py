@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ValidationError
 
 from das_service.door.arrow_body import Budget
 from das_service.door.columns import binary_rows, null_column
@@ -24,28 +25,69 @@ from schemas.dataset import TIMESTAMP, DatasetSpec, Feature
 JSON_SHARE = 16
 BEYOND_FLOAT32 = "it is beyond float32's range, in which models compute (about 3.4e38)"
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})(\d*))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_NO_TIME = "it is no RFC 3339 time with an offset, such as 2026-01-31T12:00:00.5Z"
+_INEXACT = "it is finer than a microsecond; round it first"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(2**63), 2**63)
 _MAX_DIFFERENCES = 100
 
 Differences: TypeAlias = list[dict[str, str]]
+_M = TypeVar("_M", bound=BaseModel)
 
 
 def parse_json(body: bytes, *, max_bytes: int) -> Any:  # noqa: ANN401 - whatever was sent
     """Give what a JSON body says. Objects with a repeated key are refused.
 
     Raises:
-        BadRequestError: It is not JSON, is nested too deeply, or repeats a key.
+        BadRequestError: It is not JSON in UTF-8, is nested too deeply, or repeats a key.
         TooLargeError: It is longer than max_bytes.
     """
     if len(body) > max_bytes:
         raise TooLargeError(f"a JSON body may have {max_bytes} bytes; send Arrow for more")
     try:
-        return json.loads(body, object_pairs_hook=_object)
+        return json.loads(body.decode(), object_pairs_hook=_object)
     except RecursionError:
         raise BadRequestError("the JSON body is nested too deeply") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the body is not JSON that we read: {str(error)[:200]}") from None
+
+
+def parse_model(body: bytes, model: type[_M], *, max_bytes: int) -> _M:
+    """Give a JSON body as the model says, strict about types.
+
+    Raises:
+        BadRequestError: As parse_json.
+        InvalidRowsError: invalid_body, with the errors by field.
+        TooLargeError: It is longer than max_bytes.
+    """
+    parse_json(body, max_bytes=max_bytes)
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        raise BadRequestError(f"the body is not JSON that we read: {found[0]['msg']}")
+    errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in found[:100]]
+    told = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    raise InvalidRowsError(told, code="invalid_body", extra={"errors": errors})
+
+
+def parse_time(value: object) -> datetime:
+    """Give the time that an RFC 3339 text says, in UTC; pydantic alone would take numbers for times too.
+
+    Raises:
+        ValueError: It is something else, or finer than a microsecond.
+    """
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    at = None if match is None else _microseconds(match)
+    if match is None or at is None:
+        raise ValueError(_NO_TIME)
+    if (match[4] or "").strip("0"):
+        raise ValueError(_INEXACT)
+    try:
+        return _EPOCH + timedelta(microseconds=at)
+    except OverflowError:
+        raise ValueError("it is outside the years 1 to 9999") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,9 +238,8 @@ def _times(values: list[Any], gathering: _Gathering) -> pa.Array:
             malformed.append(row)
         elif match is not None and (match[4] or "").strip("0"):
             inexact.append(row)
-    message = "it is no RFC 3339 time with an offset, such as 2026-01-31T12:00:00.5Z"
-    _refuse(gathering, malformed, "event_time", "malformed_time", message)
-    _refuse(gathering, inexact, "event_time", "inexact_time", "it is finer than a microsecond; round it first")
+    _refuse(gathering, malformed, "event_time", "malformed_time", _NO_TIME)
+    _refuse(gathering, inexact, "event_time", "inexact_time", _INEXACT)
     return pa.array(micros, pa.int64()).cast(TIMESTAMP)
 
 

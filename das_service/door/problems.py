@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from das_service.errors import DasError
@@ -79,9 +80,19 @@ async def _das_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
     code = _CODES.get(error.status_code, "malformed" if error.status_code == 400 else "refused")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = _allowed_methods(request) or headers.get("Allow", "")
     return problem(
-        status=error.status_code, code=code, detail=str(error.detail), instance=request.url.path, headers=error.headers
+        status=error.status_code, code=code, detail=str(error.detail), instance=request.url.path, headers=headers
     )
+
+
+def _allowed_methods(request: Request) -> str:
+    """Give all methods of a path; the router's own Allow has those of one of its routes alone."""
+    paths = request.app.openapi()["paths"].items()
+    found = [operations for template, operations in paths if compile_path(template)[0].match(request.scope["path"])]
+    return ", ".join(sorted({method.upper() for operations in found for method in operations}))
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:

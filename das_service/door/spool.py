@@ -51,6 +51,7 @@ async def spooled(
         DasError: 408 or 415, as iter_body says.
     """
     place = folder or Path(tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place, prefix="das-spool-", buffering=0) as file:
         too_large = TooLargeError(
             f"the table is larger than the {max_bytes} bytes that may be sent; join it where the tables are: "

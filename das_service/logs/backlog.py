@@ -87,12 +87,16 @@ def _unfinished_by_group(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """Who reads one partition of a log: a group, or without one whoever goes on after a position."""
+    """Who reads one partition of a log: a group, or without one whoever goes on after a position.
+
+    up_to: the last position that is asked about, default all.
+    """
 
     partition: int
     kind: str
     group: str = ""
     after: Position | None = None
+    up_to: Position | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,12 @@ def read_unfinished(client: redis.Redis, dataset: str, readers: Sequence[Reader]
         ScriptCall(
             script("unfinished"),
             [keys.counters(dataset, reader.partition), keys.log(dataset, reader.partition, reader.kind)],
-            [reader.kind, reader.group, reader.after.entry_id if reader.after else ""],
+            [
+                reader.kind,
+                reader.group,
+                reader.after.entry_id if reader.after else "",
+                reader.up_to.entry_id if reader.up_to else "+",
+            ],
         )
         for reader in readers
     ]

@@ -1,8 +1,7 @@
 """Joining a trainer's own table with supervision from the offline tables."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import AsyncExitStack
-from itertools import chain
 from typing import Annotated
 
 import pyarrow as pa
@@ -88,6 +87,7 @@ async def post_augment(
             )
         )
         parts = await service.in_thread(_answer, service, dataset, spool, (kind, wanted), query, columns)
+        held.callback(parts.close)  # with what it is made from: frames of an error may keep the generator itself
         return _Answer(service, parts, media_type=wanted, held=held.pop_all())
 
 
@@ -95,7 +95,7 @@ class _Answer(StreamingResponse):
     """An answer whose parts are made as they are sent; gives back what the request held however it ends."""
 
     def __init__(self, service: Service, parts: Iterator[bytes], *, media_type: str, held: AsyncExitStack) -> None:
-        super().__init__(_in_threads(service, parts), media_type=media_type)
+        super().__init__(_in_threads(service, parts, held), media_type=media_type)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,14 +103,15 @@ class _Answer(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _in_threads(service: Service, parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _in_threads(service: Service, parts: Iterator[bytes], held: AsyncExitStack) -> AsyncIterator[bytes]:
     while (part := await service.in_thread(next, parts, None)) is not None:
         yield part
+    await held.aclose()  # before the caller sees the end: whoever has a whole answer may ask for the next at once
 
 
 def _answer(
     service: Service, dataset: str, spool: Spool, kinds: tuple[str, str], query: LookupQuery, columns: Echo
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """Check the table and begin the join; give the answer's parts. kinds: media types of body and answer."""
     upload: Upload | None = None
     if kinds[0] == JSON:
@@ -134,10 +135,14 @@ def _answer(
     schema = answer_schema(upload.schema, join, echo=echo)
     if kinds[1] == JSON:
         rows = [row for batch in batches for row in plain_rows(batch)]
-        return iter([bytes(JSONResponse({"rows": rows}).body)])
+        return _chained(bytes(JSONResponse({"rows": rows}).body), iter(()))
     parts = iter_stream_parts(schema, batches)
-    first = next(parts)  # what can go wrong at the start is still an error, and no broken stream
-    return chain([first], parts)
+    return _chained(next(parts), parts)  # what can go wrong at the start is still an error, and no broken stream
+
+
+def _chained(first: bytes, rest: Iterator[bytes]) -> Generator[bytes, None, None]:
+    yield first
+    yield from rest
 
 
 def _iter_batches(

@@ -95,7 +95,9 @@ class ReplayDeclaration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fm: Name
-    example_ids: tuple[str, ...] | None = Field(None, max_length=10_000, description="Default: all.")
+    example_ids: Annotated[tuple[str, ...], Field(fail_fast=True)] | None = Field(
+        None, max_length=10_000, description="Default: all."
+    )
 
 
 @router.get("/v1/status", dependencies=[Depends(Needs("read"))], responses=problems(), summary="Status of the service")

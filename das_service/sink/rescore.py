@@ -36,7 +36,7 @@ from das_service.sink.rescore_plan import (
     in_gaps,
     is_lost,
     plan_name,
-    plan_of_loss,
+    plan_with_loss,
     read_loss,
     read_plan,
     with_counted_slice,
@@ -86,37 +86,20 @@ def leave_log(
 
     The gaps are durable before the group moves, so that a crash in between feeds examples twice, never not at all.
     """
+    group, reached = keys.group(fm), {partition: at for partition, at in positions.items() if at is not None}
     gaps, rows = [], [0] * len(positions)
-    for partition, at in positions.items():
-        ranges = _ranges_up_to(client, dataset, partition, fm, at)
+    for partition, at in reached.items():
+        ranges = read_ranges(client, dataset, partition, EXAMPLES, group, last=at.number) or []
         gaps += [Gap(partition=partition, first=first, last=last) for first, last in ranges]
-        if ranges:
-            rows[partition] = _rows_up_to(client, dataset, partition, fm, at)
+        asked = Reader(partition=partition, kind=EXAMPLES, group=group, up_to=at)
+        rows[partition] = read_unfinished(client, dataset, [asked])[0].rows
     if gaps:
         plan = with_gaps(read_plan(folder, dataset, fm), gaps, rows)
         save_plan(client, folder, dataset, fm, plan, partitions=len(positions))
     for partition in sorted({gap.partition for gap in gaps}):
-        if (at := positions[partition]) is not None:
-            run_script(client, "leave", [keys.log(dataset, partition, EXAMPLES)], [keys.group(fm), at.epoch, at.seq])
+        at = reached[partition]
+        run_script(client, "leave", [keys.log(dataset, partition, EXAMPLES)], [group, at.epoch, at.seq])
     return gaps
-
-
-def _ranges_up_to(
-    client: redis.Redis, dataset: str, partition: int, fm: str, at: Position | None
-) -> list[tuple[int, int]]:
-    if at is None:
-        return []
-    return read_ranges(client, dataset, partition, EXAMPLES, keys.group(fm), last=at.number) or []
-
-
-def _rows_up_to(client: redis.Redis, dataset: str, partition: int, fm: str, at: Position | None) -> int:
-    """Give how many rows up to a position an FM has not finished, if it holds none of what lies behind."""
-    readers = [
-        Reader(partition=partition, kind=EXAMPLES, group=keys.group(fm)),
-        Reader(partition=partition, kind=EXAMPLES, after=at),
-    ]
-    unfinished, behind = read_unfinished(client, dataset, readers)
-    return max(0, unfinished.rows - behind.rows)
 
 
 def save_plan(
@@ -168,7 +151,7 @@ class Rescorer:
     def _next_part(self, fm: str, plan: Plan, loss: Loss | None) -> tuple[int, Plan]:
         """Do the next part of a plan; give how many examples were fed, and what is left."""
         if loss is not None and loss.epoch > plan.epoch:
-            return 0, plan_of_loss(loss, self._examples.days)
+            return 0, plan_with_loss(plan, loss, self._examples.days)
         uncounted = next((lost for lost in plan.days if not lost.is_counted), None)
         if loss is not None and uncounted is not None:
             return 0, with_counted_slice(plan, self._count_slice(fm, uncounted, loss))

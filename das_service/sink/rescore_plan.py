@@ -103,6 +103,10 @@ class Loss:
         """The highest log position that it may be about."""
         return max(reach.end for reach in self.reaches) - 1
 
+    def touched(self, days: DayFiles) -> list[dt.date]:
+        """Give the event days whose files may hold such positions."""
+        return sorted(day for day, files in days.items() if files_between(files, self.first, self.last))
+
 
 def plan_name(dataset: str, fm: str) -> str:
     """Give the name of the file that holds an FM's plan."""
@@ -157,15 +161,24 @@ def write_loss(folder: Folder, dataset: str, fm: str, loss: Loss) -> None:
     folder.write(f"{dataset}/_das/reach.{fm}.json", json.dumps(record).encode())
 
 
-def plan_of_loss(loss: Loss, days: DayFiles) -> Plan:
-    """Give the plan that looks through every event day that the loss touches; it takes the place of what was planned.
+def plan_with_loss(plan: Plan, loss: Loss, days: DayFiles) -> Plan:
+    """Give the plan that looks through every event day that a loss touches, instead of those that were planned.
 
-    Gaps are among it: they lie before the epoch and are no longer to come.
+    Of the gaps it keeps what the loss is not about: entries that were still to come, and that the FM left since.
     """
-    touched = sorted(day for day, files in days.items() if files_between(files, loss.first, loss.last))
-    num_rows = {day: sum(file.num_rows for file in days[day]) for day in touched}
-    lost = [LostDay(day=day, num_slices=_num_slices(num_rows[day], _COUNTED_ROWS)) for day in touched]
-    return Plan(epoch=loss.epoch, days=tuple(lost))
+    num_rows = {day: sum(file.num_rows for file in days[day]) for day in loss.touched(days)}
+    lost = [LostDay(day=day, num_slices=_num_slices(number, _COUNTED_ROWS)) for day, number in num_rows.items()]
+    gaps = [kept for gap in plan.gaps for kept in _outside(gap, loss.reaches[gap.partition])]
+    kept = {gap.partition for gap in gaps}
+    gap_rows = tuple(number if partition in kept else 0 for partition, number in enumerate(plan.gap_rows))
+    return Plan(epoch=loss.epoch, gaps=tuple(gaps), gap_rows=gap_rows, days=tuple(lost))
+
+
+def _outside(gap: Gap, reach: Reach) -> list[Gap]:
+    """Give the parts of a gap that the reach is not about."""
+    others = [(gap.first, reach.start - 1), *reach.pending, (reach.end, gap.last)]
+    parts = [(max(gap.first, first), min(gap.last, last)) for first, last in others]
+    return [replace(gap, first=first, last=last) for first, last in parts if first <= last]
 
 
 def with_counted_slice(plan: Plan, rows: Sequence[int]) -> Plan:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from das_service.door.json_body import JSON_SHARE
+from das_service.door.json_body import JSON_SHARE, parse_model
 from das_service.door.spool import Spool
 from das_service.door.validation import BodyLimits
 from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
 from das_service.supervision.augment import Upload, refuse_bad_rows
-from das_service.supervision.lookup_body import Gap, body_refusal
+from das_service.supervision.lookup_body import EventTime, Gap, Names
 from schemas.dataset import TIMESTAMP
 
 Echo = Literal["all", "supervision"]
@@ -24,7 +24,7 @@ class AugmentRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     example_id: str
-    event_time: AwareDatetime
+    event_time: EventTime
 
 
 class AugmentBody(BaseModel):
@@ -41,9 +41,11 @@ class AugmentBody(BaseModel):
         },
     )
 
-    fms: Annotated[tuple[str, ...], Field(min_length=1, description="FMs of the dataset.")]
-    rows: tuple[AugmentRow, ...] = Field(description="The trainer's rows; their order and repeats are kept.")
-    outputs: tuple[str, ...] | None = Field(None, description="Tasks and embeddings wanted; default: all.")
+    fms: Annotated[Names, Field(min_length=1, description="FMs of the dataset.")]
+    rows: Annotated[tuple[AugmentRow, ...], Field(fail_fast=True)] = Field(
+        description="The trainer's rows; their order and repeats are kept."
+    )
+    outputs: Names | None = Field(None, description="Tasks and embeddings wanted; default: all.")
     embedding_format: EmbeddingFormat = Field("float16", description="How embeddings are handed out.")
     max_freshness_gap_seconds: Gap | None = Field(None, description="A larger event_time - trained_through is stale.")
     columns: Echo = Field("all", description="supervision leaves the caller's own columns out of the answer.")
@@ -60,10 +62,7 @@ def parse_augment_json(spool: Spool, limits: BodyLimits) -> tuple[Upload, Lookup
     most = limits.max_decoded_bytes // JSON_SHARE
     if spool.num_bytes > most:
         raise TooLargeError(f"a JSON body may have {most} bytes; send Arrow for more")
-    try:
-        asked = AugmentBody.model_validate_json(bytes(spool.data), strict=True)
-    except ValidationError as error:
-        raise body_refusal(error) from None
+    asked = parse_model(bytes(spool.data), AugmentBody, max_bytes=most)
     if len(asked.rows) > limits.max_rows:
         raise TooLargeError(
             f"the body has {len(asked.rows)} rows; a JSON request may have {limits.max_rows}: send Arrow"

@@ -7,10 +7,12 @@ whole, so that a run that was cut leaves nothing.
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
 from das_service.door.row_errors import RowErrors
-from das_service.errors import InvalidRowsError
+from das_service.errors import InvalidRowsError, UnavailableError
 from das_service.supervision.join import Joined, OfflineJoin
 from das_service.supervision.windows import FileRows, Window, as_microseconds, iter_windows
 
@@ -66,12 +68,26 @@ def list_sources(path: Path) -> list[Source]:
 
 
 def _source(path: Path, place: Path) -> Source:
+    with _reading(path), pq.ParquetFile(path) as file:
+        return Source(path=path, place=place, num_rows=file.metadata.num_rows, schema=file.schema_arrow)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file it is that can't be read.
+
+    Raises:
+        InvalidRowsError: not_parquet.
+    """
     try:
-        with pq.ParquetFile(path) as file:
-            return Source(path=path, place=place, num_rows=file.metadata.num_rows, schema=file.schema_arrow)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        line = str(error).split("\n", 1)[0][:300]
+        yield
+    except (pa.ArrowException, OSError) as error:
+        line = _first_line(error)
         raise InvalidRowsError(f"{path} is not a Parquet file that can be read: {line}", code="not_parquet") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:300]
 
 
 def refuse_unfit(sources: Sequence[Source], added: Sequence[str]) -> None:
@@ -104,13 +120,21 @@ def iter_joined(sources: Sequence[Source], join: OfflineJoin, *, window_rows: in
     """
     rows = (part for source in sources for part in _iter_rows(source))
     for window in iter_windows(rows, most_rows=window_rows, granularity=join.spec.table_granularity):
-        yield window, join.join(window)
+        yield window, _joined(join, window)
+
+
+def _joined(join: OfflineJoin, window: Window) -> Joined:
+    try:
+        return join.join(window)
+    except duckdb.Error as error:
+        files = ", ".join(dict.fromkeys(part.path for part in window.parts if isinstance(part, FileRows)))
+        raise UnavailableError(f"the rows of {files} can't be joined: {_first_line(error)}") from error
 
 
 def _iter_rows(source: Source) -> Iterator[FileRows]:
     first = 0
     with pq.ParquetFile(source.path) as file:
-        for batch in file.iter_batches(_TIME_ROWS, columns=["event_time"]):
+        for batch in _iter_batches(file, source.path, _TIME_ROWS, columns=["event_time"]):
             times = batch.column(0)
             if times.null_count:
                 row = first + int(np.flatnonzero(np.asarray(times.is_null()))[0])
@@ -126,6 +150,16 @@ def _iter_rows(source: Source) -> Iterator[FileRows]:
                 )
             yield FileRows(path=str(source.path), first=first, event_time=microseconds)
             first += batch.num_rows
+
+
+def _iter_batches(file: pq.ParquetFile, path: Path, num_rows: int, **options: Any) -> Iterator[pa.RecordBatch]:  # noqa: ANN401 - as pyarrow has them
+    batches = file.iter_batches(num_rows, **options)
+    while True:
+        with _reading(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def augment_files(
@@ -213,7 +247,7 @@ class _Output:
             )
         )
         file = self._open.enter_context(pq.ParquetFile(source.path))
-        self._columns = _InOrder(file.iter_batches(_ROW_GROUP_ROWS), source.schema)
+        self._columns = _InOrder(_iter_batches(file, source.path, _ROW_GROUP_ROWS), source.schema)
 
     def _append(self, added: pa.Table, source: Source) -> None:
         if self._writer is None or self._columns is None:

@@ -5,18 +5,20 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from das_service.door.arrow_body import read_batches
 from das_service.door.columns import id_column, lookup_differences, time_column
-from das_service.door.json_body import JSON_SHARE
+from das_service.door.json_body import JSON_SHARE, parse_model, parse_time
 from das_service.door.row_errors import RowErrors
 from das_service.door.validation import BodyLimits, refuse_differences
-from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
+from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
 from das_service.supervision.lookup import Rows
 from schemas.dataset import TIMESTAMP
 
+EventTime = Annotated[AwareDatetime, BeforeValidator(parse_time)]
+Names = Annotated[tuple[str, ...], Field(fail_fast=True)]  # else millions of wrong elements make millions of errors
 Gap = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
@@ -36,12 +38,12 @@ class LookupBody(BaseModel):
         },
     )
 
-    fms: Annotated[tuple[str, ...], Field(min_length=1, description="FMs of the dataset.")]
-    example_ids: tuple[str, ...] = Field(description="Ids, in any order; repeats are answered each.")
-    event_times: tuple[AwareDatetime | None, ...] | None = Field(
+    fms: Annotated[Names, Field(min_length=1, description="FMs of the dataset.")]
+    example_ids: Names = Field(description="Ids, in any order; repeats are answered each.")
+    event_times: Annotated[tuple[EventTime | None, ...], Field(fail_fast=True)] | None = Field(
         None, description="Event times of the same rows: an id with an example of another event day is then absent."
     )
-    outputs: tuple[str, ...] | None = Field(None, description="Tasks and embeddings wanted; default: all.")
+    outputs: Names | None = Field(None, description="Tasks and embeddings wanted; default: all.")
     embedding_format: EmbeddingFormat = Field("float16", description="How embeddings are handed out.")
     max_freshness_gap_seconds: Gap | None = Field(None, description="A larger event_time - trained_through is stale.")
 
@@ -54,12 +56,7 @@ def parse_lookup_json(body: bytes, limits: BodyLimits) -> tuple[Rows, LookupQuer
         InvalidRowsError: It has another shape.
         TooLargeError: It has too many bytes or ids.
     """
-    if len(body) > limits.max_decoded_bytes // JSON_SHARE:
-        raise TooLargeError(f"a JSON body may have {limits.max_decoded_bytes // JSON_SHARE} bytes; send Arrow for more")
-    try:
-        asked = LookupBody.model_validate_json(body, strict=True)
-    except ValidationError as error:
-        raise body_refusal(error) from None
+    asked = parse_model(body, LookupBody, max_bytes=limits.max_decoded_bytes // JSON_SHARE)
     _bound(len(asked.example_ids), limits)
     times = None
     if asked.event_times is not None:
@@ -84,16 +81,6 @@ def _time_array(times: tuple[datetime | None, ...]) -> pa.Array:
         return pa.array(times, TIMESTAMP)
     except (pa.ArrowInvalid, OverflowError) as error:
         raise InvalidRowsError(f"event_times: {error}", code="invalid_body") from None
-
-
-def body_refusal(error: ValidationError) -> BadRequestError | InvalidRowsError:
-    """Give what a JSON body of another shape is refused with."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    if found[0]["type"] == "json_invalid":
-        return BadRequestError(f"the body is not JSON that we read: {found[0]['msg']}")
-    errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in found[:100]]
-    told = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
-    return InvalidRowsError(told, code="invalid_body", extra={"errors": errors})
 
 
 def parse_lookup_arrow(body: bytes, limits: BodyLimits) -> Rows:

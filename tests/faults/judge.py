@@ -4,6 +4,7 @@ lost         acknowledged, and not in `examples`
 duplicated   an id with more than one row in `examples` or in the supervision
 altered      a row whose columns, or whose supervision (offline or online), are not what they must be
 unaccounted  in `examples`, and neither in the supervision nor in the dead letters
+dead_letters examples that were given up for a model that fails on none: held to blame for kills from outside
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ class Verdict:
     duplicated: int
     altered: int
     unaccounted: int
+    dead_letters: int
 
 
 def judge(ledger: Ledger, tables: Path, client: redis.Redis, *, dataset: str, fm: str, sent_rows: int) -> Verdict:
@@ -46,6 +48,7 @@ def judge(ledger: Ledger, tables: Path, client: redis.Redis, *, dataset: str, fm
         duplicated=len(ids) - len(set(ids)) + len(scored_ids) - len(set(scored_ids)),
         altered=_altered_examples(examples, sent_rows) + _altered_supervision(supervision, client, dataset, fm),
         unaccounted=len(set(ids) - known),
+        dead_letters=dead.num_rows,
     )
 
 

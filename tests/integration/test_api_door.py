@@ -145,9 +145,10 @@ def test_wide_accepts_are_taken(api: Api, accept: str) -> None:
 
 def test_unknown_paths_and_methods_are_problems(api: Api) -> None:
     assert_problem(api.http.get("/v2/nothing"), 404, "not_found")
-    answer = api.http.delete("/v1/datasets/ads")
-    assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["Allow"]
+    for path, allowed in {"/v1/datasets/ads": "GET, PUT", "/v1/datasets": "GET", "/openapi.json": "GET"}.items():
+        answer = api.http.delete(path)
+        assert_problem(answer, 405, "method_not_allowed")
+        assert allowed in answer.headers["Allow"]
 
 
 def test_a_defect_of_the_service_is_a_500_with_an_id_and_no_trace(

@@ -1,7 +1,6 @@
 """After each kind of loss a real worker and the sink bring every example to an outcome, once, and all are counted."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tests.conftest import Server, make_settings
 from tests.declared import SPEC, Declared
 from tests.feeding import Feeding, names
 from tests.integration.test_recover import Rewind
-from tests.integration.test_worker import Workers, publish, wait_for
+from tests.roles import Roles, beats, publish, wait_for
 
 STEPS = 400
 
@@ -22,7 +21,7 @@ STEPS = 400
 class Service:
     """A worker process, a sink that is stepped by hand, and checks of what they say."""
 
-    def __init__(self, server: Server, folder: Path, feeding: Feeding, workers: Workers) -> None:
+    def __init__(self, server: Server, folder: Path, feeding: Feeding, workers: Roles) -> None:
         self.rewind = Rewind(server, folder / "copy")
         self.feeding = feeding
         self.declared = Declared(feeding.settings, feeding.client)
@@ -58,20 +57,15 @@ class Service:
 
     def rows_scored(self) -> int:
         """Give how many rows the worker says that it published."""
-        beats = [json.loads(beat) for beat in self.feeding.client.hgetall(keys.BEATS).values()]
-        return sum(beat["lanes"]["ads/f"]["rows_scored"] for beat in beats if beat["role"] == "worker")
+        return sum(beat["lanes"]["ads/f"]["rows_scored"] for beat in beats(self.declared))
 
 
 @pytest.fixture
 def service(own_server: Server, tmp_path: Path) -> Iterator[Service]:
     with contextlib.closing(own_server.client()) as client:
         feeding = Feeding(make_settings(own_server, tmp_path, commit_seconds=0.5), client, spec=SPEC)
-        workers = Workers(feeding.settings, tmp_path)
-        yield Service(own_server, tmp_path, feeding, workers)
-        feeding.close()
-        for process in workers.running:
-            process.kill()
-            process.wait()
+        with contextlib.closing(feeding), contextlib.closing(Roles(feeding.settings, tmp_path)) as workers:
+            yield Service(own_server, tmp_path, feeding, workers)
 
 
 def lose_the_scored_log(service: Service, first: int) -> int:

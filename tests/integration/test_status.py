@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from das_service.logs import streams
+from das_service.logs.backlog import Reader, read_unfinished
 from das_service.recover import recover
 from das_service.sink import rescore
 from das_service.supervision.lookup import unfinished_partitions
 from das_service.watch import status
 from schemas import keys
 from schemas.dataset import example_schema
-from schemas.entries import head_fields
+from schemas.entries import Position, head_fields
 from tests.conftest import Server, make_settings
 from tests.feeding import DAY_US, NOON_US, SPEC, Feeding, names
 
@@ -202,6 +203,34 @@ def test_a_partition_without_losses_has_nothing_pending(feeding: Feeding, monkey
 
 def partition_of(example_id: str) -> int:
     return int.from_bytes(keys.digests([example_id.encode()])[8:], "little") % 2
+
+
+def test_what_an_fm_leaves_after_a_loss_is_fed_too(feeding: Feeding) -> None:
+    image: dict[str, Any] = {"user_id": "u" * 100_000}
+    feeding.post_ids(0, 40, chunk_rows=3, **image)
+    feeding.client.delete(keys.log("ads", 0, "scored:f"))
+    recover(feeding.settings)
+    feeding.post_ids(40, 80, chunk_rows=3, **image)
+    sink = feeding.sink()
+    for _ in range(12):
+        feeding.run(sink, steps=1)
+        assert sum(fm_counts(feeding).values()) == 80
+    assert (feeding.kept_rows(), feeding.read_group("f")) == (0, [])
+    assert sorted(row["example_id"] for row in feeding.read_group("f", "rescore:f")) == names(0, 80)
+
+
+def test_what_is_unfinished_up_to_a_position_is_counted_alone(feeding: Feeding) -> None:
+    feeding.post_ids(0, 40, chunk_rows=2)
+    name = keys.log("ads", 0, "examples")
+    ids = [entry_id for entry_id, _ in feeding.client.xrange(name)]
+    rows = [int(fields[b"n"]) for _, fields in feeding.client.xrange(name)]
+    feeding.client.xreadgroup(keys.group("f"), "w", {name: ">"}, count=6)
+    feeding.client.xack(name, keys.group("f"), ids[1], ids[3], ids[4])
+    for at in range(9):
+        reader = Reader(partition=0, kind="examples", group=keys.group("f"), up_to=Position(epoch=1, seq=at))
+        (found,) = read_unfinished(feeding.client, "ads", [reader])
+        left = [seq for seq in range(at + 1) if seq not in {1, 3, 4}]
+        assert (found.entries, found.rows) == (len(left), sum(rows[seq] for seq in left))
 
 
 def test_what_an_fm_that_left_the_log_has_still_to_get_is_pending(

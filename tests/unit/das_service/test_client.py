@@ -313,6 +313,19 @@ def test_lookup_sends_event_times_as_microseconds_utc(connect: Connect) -> None:
     assert sent(service.requests[0])["event_time"].to_pylist() == [NOON]
 
 
+def test_a_single_name_is_not_taken_apart(connect: Connect) -> None:
+    client, service = connect(lookup_answer)
+    assert client.lookup("ads", "c30", fms="f", outputs="click")["example_id"].to_pylist() == ["c30"]
+    assert query(service.requests[0]) == {"fms": ["f"], "outputs": ["click"], "embedding_format": ["float16"]}
+
+
+def test_ids_that_are_no_text_are_refused_before_they_are_sent(connect: Connect) -> None:
+    client, service = connect(lookup_answer)
+    with pytest.raises(TypeError, match="values of type string are needed"):
+        client.lookup("ads", [1, 2], fms=["f"])
+    assert service.requests == []
+
+
 def test_lookup_of_no_id_asks_once_for_the_columns(connect: Connect) -> None:
     client, service = connect(lookup_answer)
     assert client.lookup("ads", [], fms=["f"]).column_names == ["example_id", "f__status"]

@@ -20,7 +20,7 @@ from das_service.sink.rescore_plan import (
     in_gaps,
     is_lost,
     merge_gaps,
-    plan_of_loss,
+    plan_with_loss,
     read_loss,
     read_plan,
     with_counted_slice,
@@ -100,7 +100,16 @@ def test_a_loss_plans_the_event_days_whose_files_it_may_touch() -> None:
         TUESDAY: [file_of(None, None, num_rows=5_000_000)],
     }
     lost = (LostDay(day=MONDAY), LostDay(day=TUESDAY, num_slices=4))
-    assert plan_of_loss(LOSS, days) == Plan(epoch=3, days=lost)
+    assert plan_with_loss(Plan(epoch=2, days=(LostDay(day=SUNDAY),)), LOSS, days) == Plan(epoch=3, days=lost)
+
+
+@given(gaps=GAPS, reaches=REACHES)
+def test_rows_of_gaps_are_kept_or_lost(gaps: list[Gap], reaches: list[Reach]) -> None:
+    plan = with_gaps(Plan(), gaps, [30, 40])
+    kept = plan_with_loss(plan, Loss(epoch=2, reaches=tuple(reaches)), {})
+    is_kept = in_gaps(POSITIONS, PARTITIONS, kept.gaps)
+    assert (is_kept == in_gaps(POSITIONS, PARTITIONS, gaps) & ~is_lost(POSITIONS, PARTITIONS, reaches)).all()
+    assert kept.gap_rows == tuple(rows * (PARTITIONS[is_kept] == p).any() for p, rows in enumerate([30, 40]))
 
 
 def test_rows_of_a_plan_are_not_known_before_each_day_is_counted() -> None:

@@ -36,8 +36,8 @@ def test_each_week_has_its_own_entropy() -> None:
 
 
 def test_the_table_says_how_much_supervision_changed() -> None:
-    console = Console(width=140)
+    console = Console(width=80)
     with console.capture() as shown:
-        print_students(console, [vm_record("mailer", RUNS)])
-    row = next(line for line in shown.get().splitlines() if "products in the mailer" in line)
-    assert row.split()[-7:] == ["4", "1.0000", "0.5000", "-50.00%", "1.0000", "0.5000", "0.8750"]
+        print_students(console, [vm_record("mailer", RUNS) | {"rows": 1_339_369}])
+    row = next(line for line in shown.get().splitlines() if line.strip().startswith("mailer "))
+    assert row.split() == ["mailer", "1,339,369", "1.0000", "0.5000", "-50.00%", "1.0000", "0.5000", "0.8750"]

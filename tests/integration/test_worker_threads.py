@@ -1,0 +1,81 @@
+"""I9 inside the worker: a thread that dies or hangs is said, and ends the process where it must."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from das_service.metrics import Metrics
+from das_service.redis_client import connect
+from das_service.role import RoleContext
+from das_service.settings import Settings
+from fm_inference.lane import Lane
+from fm_inference.worker import Worker
+from tests.declared import Declared
+
+
+@pytest.fixture
+def context(settings: Settings) -> RoleContext:
+    return RoleContext(settings, role="worker", instance="w1", client=connect(settings), metrics=Metrics("worker"))
+
+
+@pytest.fixture
+def lane(context: RoleContext) -> Lane:
+    return Lane(context, dataset="ads", fm="f", partitions=1)
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize("target", [boom, lambda: None], ids=["raises", "returns"])
+def test_a_lane_thread_that_ends_is_said_at_once_and_ends_the_worker(
+    context: RoleContext, lane: Lane, target: object
+) -> None:
+    worker = Worker(context)
+    thread = threading.Thread(target=worker._guard, args=(lane, target), name="score ads/f")
+    thread.start()
+    thread.join()
+    assert worker.problems() == ["thread score ads/f died; the process ends"]
+    assert context.stopping.is_set()
+    with pytest.raises(RuntimeError, match="thread score ads/f died"):
+        worker.manage_until_stopped()
+
+
+def test_a_lane_thread_that_ends_because_the_role_stops_is_no_death(context: RoleContext, lane: Lane) -> None:
+    worker = Worker(context)
+    context.stopping.set()
+    worker._guard(lane, lambda: None)
+    worker.manage_until_stopped()
+    assert worker.problems() == []
+
+
+def test_a_model_that_hangs_is_said(context: RoleContext, lane: Lane) -> None:
+    worker = Worker(context)
+    worker._lanes["ads", "f"] = lane
+    lane.busy_since = time.monotonic() - 60
+    assert worker.problems() == []
+    lane.busy_since = time.monotonic() - 1000
+    (problem,) = worker.problems()
+    assert problem.startswith("ads/f: the model has been at one batch for 100")
+
+
+def test_a_worker_that_cannot_read_the_tables_folder_says_so_and_goes_on(
+    context: RoleContext, lane: Lane, tmp_path: Path
+) -> None:
+    Declared(context.settings, context.client).declare_fm("f")
+    worker = Worker(context)
+    worker._lanes["ads", "f"] = lane
+    copy = tmp_path / "tables" / "_das" / "registry.json"
+    kept = copy.rename(tmp_path / "kept")
+    copy.mkdir()  # reading it is an OSError
+    with pytest.raises(Exception, match="can't be read"):
+        lane._reads.ping()
+    assert "the tables' folder can't be read" in worker.problems()[0]
+    worker._look()
+    assert lane.halted
+    copy.rmdir()
+    kept.rename(copy)
+    worker._look()
+    assert (lane.halted, lane._reads.ping()) == ("", True)
