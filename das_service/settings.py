@@ -45,7 +45,7 @@ class Settings(BaseSettings):
         256 * MIB, ge=MIB, description="Largest answer of a lookup; numbers in JSON count 16-fold; 413 above it."
     )
     max_concurrent_requests: int = Field(16, ge=1, description="Data requests at once; 429 above it.")
-    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for the next piece of a body.")
+    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for a head or the next piece of a body.")
     max_backlog_bytes: int = Field(1024 * MIB, ge=MIB, description="Most bytes in the logs of one dataset; 429 above.")
     max_memory_ratio: float = Field(0.9, gt=0, le=1, description="Ingest stops above this share of maxmemory.")
     disk_reserve_bytes: int = Field(1024 * MIB, ge=0, description="Free bytes that ingest leaves; 507 below.")

@@ -23,10 +23,10 @@ from vm_training.metrics import auc, normalized_entropy
 _SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
 
 _STUDENTS_NOTE = """\
-  One student of the products on display, one of those in the mailer; NE: lower
-  is better. Same first weights, rows and learning rates; each batch is predicted,
-  then trained on. Shuffled: the same supervision on other rows, which must not
-  help, or the gain would not be what the teacher says of the row."""
+  One student of the products on display, one of those in the mailer; lower NE
+  is better. Same first weights, rows and learning rates; each batch is trained
+  on after it was predicted. Shuffled: the same supervision on other rows, which
+  must not help, or the gain would not be what the teacher says of the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

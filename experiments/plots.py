@@ -104,7 +104,7 @@ def plot_students(path: Path, students: Mapping[str, Mapping[int, Mapping[str, f
             upper.set_title(name)
         axes[0, 0].set_ylabel("normalised entropy\n(lower is better)")
         axes[1, 0].set_ylabel("with against without\n(% of NE)")
-        axes[0, -1].legend(frameon=False)
+        axes[0, 0].legend(frameon=False, loc="best", ncols=3)
         figure.savefig(path, format="png")
 
 

@@ -1,14 +1,14 @@
-"""Two small students of the demo: one for products on display, one for products in the mailer, each its own rows.
+"""Two small students of the demo, each with its own rows: products on display, and products in the mailer.
 
 A student is wide and deep over eight hashed ids and three crosses of the household with what it is shown: one table of
 2**20 rows for all of them, a hidden layer of 32, and a bias per value. It does not get the counts of the household's
 earlier purchases, which the teacher lives on and which a serving path would have to look up for every impression.
 
-Both runs start where the student of weeks 1-26 stands: it is trained once on the labels of those weeks, without
+All runs start where the student of weeks 1-26 stands: it is trained once on the labels of those weeks, without
 supervision, because those are the labels that the teacher has seen. A student that began at week 27 would get them
 through the teacher alone, and what it gained would be those labels, not the teacher's better use of them. Then come the
 weeks of the stream, once, in the order of event_time: without supervision, with it (plain distillation, weight 1), and
-with the teacher's word shuffled over the rows. Weights, optimizer state, batches and rates are the same at the start of
+with the teacher's word shuffled over the rows. Weights, optimizer state, batches and rates at the start are the same for
 all three. A batch ends where the time changes and is predicted before it is trained on; metrics are of these
 predictions.
 

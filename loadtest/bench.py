@@ -155,7 +155,7 @@ def _in_own_process(
 
 def run(folder: Path, sizes: Sizes, stages: list[str]) -> Record:
     """Give the record of these stages; the folder is emptied after each."""
-    record: Record = {"machine": machine(folder), "date": datetime.now(UTC).date().isoformat(), "seconds": {}}
+    record: Record = {"machine": machine(folder), "seconds": {}}
     if record["machine"]["load_at_start"] > _BUSY_LOAD:
         say(f"the machine is busy (load {record['machine']['load_at_start']}): the rates will be too low")
     if filesystem(folder) == "tmpfs":
@@ -173,7 +173,8 @@ def run(folder: Path, sizes: Sizes, stages: list[str]) -> Record:
             text = f"{line['examples_per_s']:,} examples/s" if name == "end_to_end" else line_text(line)
             say(f"      {name}: {text}")
     record["seconds"]["total"] = round(time.monotonic() - began, 1)
-    return record
+    now = datetime.now(UTC)
+    return {**record, "date": now.date().isoformat(), "finished_at": now.isoformat(timespec="seconds")}
 
 
 def main(arguments: list[str] | None = None) -> int:

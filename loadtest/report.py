@@ -137,8 +137,9 @@ def write_result(record: Mapping[str, Any], name: str) -> Path:
 
 
 def newest_result() -> dict[str, Any]:
-    """Give the result file with the latest date in its name."""
-    return dict(json.loads(max(RESULTS.glob("*.json")).read_text()))
+    """Give the result that was finished last."""
+    results = [dict(json.loads(path.read_text())) for path in RESULTS.glob("*.json")]
+    return max(results, key=lambda record: str(record["finished_at"]))
 
 
 def rendered(readme: str, record: Mapping[str, Any]) -> str:

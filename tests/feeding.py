@@ -267,3 +267,8 @@ class Feeding:
 def names(first: int, last: int) -> list[str]:
     """Give the ids that post_ids makes, sorted as text."""
     return sorted(f"e{i}" for i in range(first, last))
+
+
+def metric(sink: Sink, name: str, **labels: str) -> float | None:
+    """Give a metric of the dataset as the sink counts it."""
+    return sink._work.metrics.registry.get_sample_value(name, {"dataset": "ads", **labels})

@@ -66,9 +66,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer = None
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
-        """Answer, unless an answer to an earlier request is still on its way, and hang up."""
+        """Answer, unless an answer is on its way already, and hang up."""
         self._end_head()
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             answer = problem(status=status, code=code, detail=detail, instance="/", headers={"Connection": "close"})
             lines = [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
             self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", bytes(answer.body)]))

@@ -18,7 +18,7 @@ from das_service.sink.sink import Sink
 from das_service.up.embedded import find_server, free_port
 from schemas.wire import ARROW_STREAM, END_OF_STREAM, JSON, read_table
 from tests.conftest import Server, make_settings
-from tests.served import NOON, NOON_US, Api, Stand, arrow_body, examples
+from tests.served import NOON, NOON_US, Api, Stand, arrow_body, examples, serve
 from tests.spools import held_spools
 
 PATH = "/v1/datasets/ads/supervision/augment"
@@ -167,6 +167,19 @@ def test_an_arrow_table_is_answered_as_json_on_request(scored: Api) -> None:
     assert [(row["tags"], row["rate"], row["day"], row["f__click__logit"]) for row in rows] == [
         (["a"], None, "2026-03-01", 3.0), (None, 0.5, "2026-03-01", 3.0),
     ]  # fmt: skip
+
+
+def test_an_answer_that_is_too_large_as_json_is_413_and_names_what_is_smaller(settings: Settings) -> None:
+    with serve(settings.model_copy(update={"max_answer_bytes": 1024 * 1024})) as api:
+        api.declare()
+        api.declare_fm()
+        wide = mine(["e3"] * 1000, note=["x" * 100] * 1000)
+
+        answer = post(api, wide, headers={"Accept": JSON})
+
+        assert_problem(answer, 413, "answer_too_large", "Accept", "columns=supervision")
+        assert len(post(api, wide, headers={"Accept": JSON}, columns="supervision").json()["rows"]) == 1000
+        assert_problem(post(api, mine(["e3"] * 100_000), headers={"Accept": JSON}), 413, "answer_too_large")
 
 
 def test_json_rows_are_answered_as_arrow_on_request(scored: Api) -> None:

@@ -207,6 +207,16 @@ def test_a_caller_that_hangs_up_while_receiving_leaves_nothing(http: httpx.Clien
         is_served_soon(http, spools)
 
 
+def test_a_caller_that_stops_reading_leaves_nothing(settings: Settings, spools: Path) -> None:
+    with served(changed(settings, body_timeout_seconds=2.0)) as http:
+        body = arrow_body(table(100_000))
+        with connection_of(http) as connection:
+            connection.sendall(head(len(body)) + body)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            wait_until(lambda: held_spools(spools) == [])
+            is_served_soon(http, spools)
+
+
 def test_an_answer_that_was_cut_is_told_from_a_whole_one(http: httpx.Client) -> None:
     content = post(http, arrow_body(table(200_000))).content
 

@@ -1,67 +1,34 @@
 """The sink on both servers: rows enter their table once, whatever dies when, and leave the log only after that."""
 
 import errno
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from das_service.beats import beat
 from das_service.dead_letters import list_dead_letters
 from das_service.logs import records, streams
-from das_service.sink import dead_chunks, feed, trimming
+from das_service.sink import feed, trimming
 from das_service.sink.sink import Sink
 from das_service.tables import durable_table
 from schemas import keys
-from schemas.dataset import DatasetSpec, example_schema, grow
-from schemas.entries import Position, head_fields
+from schemas.dataset import DatasetSpec, grow
+from schemas.entries import Position
 from tests.busy import busy
-from tests.conftest import Server, make_settings
-from tests.feeding import DAY_US, NOON, NOON_US, SPEC, Feeding, names
+from tests.feeding import DAY_US, NOON, NOON_US, SPEC, Feeding, metric, names
 
 SOURCE = Path(durable_table.__file__).parent
-SPEC_SCHEMA = example_schema(SPEC)
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the program catches it."""
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[redis.Redis]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture
-def feeding_with(server: Server, tmp_path: Path, client: redis.Redis) -> Iterator[Callable[..., Feeding]]:
-    """Gives the dataset with other settings."""
-    made = []
-
-    def make(**overrides: Any) -> Feeding:
-        made.append(Feeding(make_settings(server, tmp_path, **{"commit_seconds": 0.5, **overrides}), client))
-        return made[-1]
-
-    yield make
-    for feeding in made:
-        feeding.close()
-
-
-@pytest.fixture
-def feeding(feeding_with: Callable[..., Feeding]) -> Feeding:
-    return feeding_with()
-
-
 def totals(sink: Sink) -> dict[str, Any]:
     info = sink.info()["datasets"]["ads"]
     return {name: info[name] for name in ("rows", "duplicates", "conflicting")}
-
-
-def metric(sink: Sink, name: str, **labels: str) -> float | None:
-    return sink._work.metrics.registry.get_sample_value(name, {"dataset": "ads", **labels})
 
 
 def test_examples_reach_the_table_and_leave_the_log(feeding: Feeding) -> None:
@@ -348,83 +315,6 @@ def test_an_added_feature_is_null_in_rows_of_before(feeding: Feeding) -> None:
     assert totals(sink) == {"rows": 9, "duplicates": 3, "conflicting": 0}
 
 
-def test_an_entry_that_no_table_takes_is_set_aside_and_the_rest_goes_on(feeding: Feeding) -> None:
-    sink = feeding.sink()
-    feeding.post_ids(0, 4)
-    head = head_fields(SPEC_SCHEMA, num_rows=3, num_features=len(SPEC.features), meta={})
-    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
-    (appended,) = feeding.append([bad])
-    feeding.post_ids(4, 8)
-    feeding.run(sink, steps=60)
-    assert feeding.ids("examples") == names(0, 8)
-    (row,) = feeding.rows("dead_chunks")
-    assert (row["kind"], row["partition"], row["log_position"], row["data"], row["num_rows"]) == (
-        "examples", 1, appended.position.number, b"not arrow", 3,
-    )  # fmt: skip
-    assert (sink.health(), feeding.kept_rows()) == ([], 0)
-    assert metric(sink, "das_dead_chunks_total", kind="examples") == 1
-
-
-@pytest.mark.parametrize(
-    "head",
-    [["v", "1"], ["v", "1", "n", "three", "c", "\u00e9", "m", "{}", "s", "x"], ["v", "one"]],
-    ids=["no fields", "no number", "no version"],
-)
-def test_an_entry_whose_header_cannot_be_read_is_set_aside_as_it_is_and_the_rest_goes_on(
-    feeding: Feeding, head: list[str]
-) -> None:
-    feeding.declare_fm("f")
-    sink = feeding.sink()
-    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"\xff rows", head=head, num_rows=3)
-    (appended,) = feeding.append([bad])
-    feeding.post_ids(0, 8)
-    feeding.run(sink, steps=60)
-    assert (feeding.ids("examples"), sink.health()) == (names(0, 8), [])
-    (row,) = feeding.rows("dead_chunks")
-    assert (row["partition"], row["log_position"], row["data"]) == (1, appended.position.number, b"\xff rows")
-    fields = {name: value.encode("latin-1").decode() for name, value in json.loads(row["meta"]).items()}
-    assert {name: fields[name] for name in head[::2]} == dict(zip(head[::2], head[1::2], strict=True))
-    assert {"t", "r", "b"} <= fields.keys()
-    assert metric(sink, "das_dead_chunks_total", kind="examples") == 1
-    for partition in range(2):
-        feeding.client.xreadgroup(keys.group("f"), "w", {keys.log("ads", partition, "examples"): ">"})
-        feeding.client.xack(keys.log("ads", partition, "examples"), keys.group("f"), "1-0", "1-1")
-    feeding.run(sink)
-    assert [feeding.client.xlen(keys.log("ads", partition, "examples")) for partition in range(2)] == [0, 0]
-    assert sink.health() == []
-
-
-def test_a_log_is_freed_up_to_an_entry_that_cannot_be_read(feeding: Feeding) -> None:
-    bad = [
-        streams.Chunk(dataset="ads", partition=1, kind="examples", data=data, head=["v", "1"], num_rows=3)
-        for data in (b"x", b"y")
-    ]
-    feeding.append(bad)
-    freed = streams.trim_log(feeding.client, "ads", 1, "examples", committed=Position(epoch=1, seq=0), groups=[])
-    assert (freed, feeding.client.xlen(keys.log("ads", 1, "examples"))) == ((1, ""), 1)
-
-
-def test_an_entry_of_a_later_version_waits_for_a_sink_of_that_version(feeding: Feeding) -> None:
-    sink = feeding.sink()
-    feeding.append([streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"", head=["v", "2"], num_rows=3)])
-    feeding.run(sink, steps=60)
-    (problem,) = sink.health()
-    assert "has format 2: upgrade this role" in problem
-    assert not (Path(feeding.settings.tables_uri) / "ads" / "dead_chunks").exists()
-
-
-def test_a_hole_in_the_log_is_not_passed_while_entries_are_tried_one_by_one(feeding: Feeding) -> None:
-    sink = feeding.sink()
-    feeding.run(sink)
-    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"x", head=["v", "1"], num_rows=3)
-    feeding.append([bad])
-    feeding.post_ids(0, 40, chunk_rows=5)
-    feeding.client.xdel(keys.log("ads", 1, "examples"), "1-2")
-    feeding.run(sink, steps=60)
-    (problem,) = sink.health()
-    assert "log_lost: partition 1 has 1-3 after 1-1" in problem
-
-
 def test_a_server_that_is_busy_for_a_while_costs_a_pause(feeding: Feeding) -> None:
     sink = feeding.sink()
     feeding.run(sink)
@@ -435,18 +325,6 @@ def test_a_server_that_is_busy_for_a_while_costs_a_pause(feeding: Feeding) -> No
         assert "BUSY" in problem
     feeding.run(sink)
     assert (sink.health(), feeding.ids("examples")) == ([], names(0, 10))
-
-
-def test_an_entry_is_set_aside_once(feeding: Feeding) -> None:
-    head = head_fields(SPEC_SCHEMA, num_rows=3, num_features=len(SPEC.features), meta={})
-    bad = streams.Chunk(dataset="ads", partition=1, kind="examples", data=b"not arrow", head=head, num_rows=3)
-    feeding.append([bad])
-    ((entry_id, fields),) = streams.read_raw_after(feeding.client, "ads", "examples", {1: None}, count=1)[1]
-    entry = dead_chunks.RawEntry(entry_id, fields)
-    where = {"kind": "examples", "partition": 1, "entry": entry, "retention_hours": 168}
-    assert dead_chunks.divert(feeding.folder, "ads", reason="no", **where)
-    assert not dead_chunks.divert(feeding.folder, "ads", reason="no", **where)
-    assert len(feeding.rows("dead_chunks")) == 1
 
 
 def test_the_log_keeps_what_a_required_fm_has_not_finished(feeding: Feeding) -> None:

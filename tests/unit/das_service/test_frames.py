@@ -31,16 +31,19 @@ def test_a_table_that_is_returned_as_its_kind_is_left_as_it_is(kind: str) -> Non
 
 @pytest.mark.parametrize(
     "data",
-    [
-        MINE.to_batches()[0], MINE.to_reader(), MINE.to_pylist(), MINE.to_pydict(),
-        duckdb.from_arrow(MINE).select("*"),
-    ],
+    [MINE.to_batches()[0], MINE.to_reader(), MINE.to_pylist(), MINE.to_pydict()],
     ids=lambda data: type(data).__name__,
-)  # fmt: skip
+)
 def test_anything_else_that_holds_a_table_becomes_an_arrow_table_once(data: Any) -> None:
     table = own_table(data)
     assert isinstance(table, pa.Table)
     assert with_columns(table, ADDED).num_rows == join_keys(table).num_rows == 2
+
+
+def test_a_query_of_duckdb_becomes_an_arrow_table() -> None:
+    with duckdb.connect() as db:
+        table = own_table(db.from_arrow(MINE))
+    assert join_keys(table)["example_id"].to_pylist() == ["a", "b"]
 
 
 @pytest.mark.parametrize(
