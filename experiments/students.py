@@ -8,9 +8,9 @@ All runs start where the student of weeks 1-26 stands: it is trained once on the
 supervision, because those are the labels that the teacher has seen. A student that began at week 27 would get them
 through the teacher alone, and what it gained would be those labels, not the teacher's better use of them. Then come the
 weeks of the stream, once, in the order of event_time: without supervision, with it (plain distillation, weight 1), and
-with the teacher's word shuffled over the rows. Weights, optimizer state, batches and rates at the start are the same for
-all three. A batch ends where the time changes and is predicted before it is trained on; metrics are of these
-predictions.
+with the teacher's word shuffled over the rows. The three begin with the same weights and optimizer state, and their
+batches and rates are the same. A batch ends where the time changes and is predicted before it is trained on; metrics
+are of these predictions.
 
 The rates were tuned without supervision, on weeks 14-26 of a student of weeks 1-13, by `experiments.tune_students`; no
 week that is reported chose anything. Shapes: B rows, F hashed ids and crosses, W width of an embedding.
