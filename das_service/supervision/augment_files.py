@@ -16,6 +16,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import redis
 from numpy.typing import NDArray
 
 from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
@@ -126,7 +127,7 @@ def iter_joined(sources: Sequence[Source], join: OfflineJoin, *, window_rows: in
 def _joined(join: OfflineJoin, window: Window) -> Joined:
     try:
         return join.join(window)
-    except duckdb.Error as error:
+    except (duckdb.Error, redis.RedisError) as error:
         files = ", ".join(dict.fromkeys(part.path for part in window.parts if isinstance(part, FileRows)))
         raise UnavailableError(f"the rows of {files} can't be joined: {_first_line(error)}") from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import redis
 
@@ -13,11 +14,12 @@ from das_service.logs.records import dead_log, scored_log
 from das_service.registry import read_catalog
 from das_service.settings import Settings
 from das_service.supervision.answer import LookupQuery
+from das_service.supervision.augment_files import augment_files, list_sources
 from das_service.supervision.join import OfflineJoin
 from das_service.supervision.windows import iter_windows
 from das_service.tables.duck import Duck
 from schemas import keys
-from tests.conftest import Server
+from tests.conftest import Server, make_settings
 from tests.feeding import DAY_US, NOON, NOON_US, OUTPUTS, Feeding, names
 from tests.joining import batches_of, caller_table, files_of
 from tests.served import Stand
@@ -211,6 +213,26 @@ def test_rows_of_files_are_looked_up_online_too(feeding: Feeding, stand: Stand, 
 
     logits = [logit for window in windows for logit in join.join(window).columns["f__click__logit"].to_pylist()]
     assert logits == [39.0, 3.0, 17.0, 3.0]
+
+
+def test_a_server_that_dies_during_the_join_is_told_and_leaves_no_file(
+    own_server: Server, duck: Duck, tmp_path: Path
+) -> None:
+    with own_server.client() as client:
+        feeding = Feeding(make_settings(own_server, tmp_path), client)
+        feeding.declare_fm("f")
+        feeding.post_ids(0, 10)
+        join = begun(feeding, duck, client=client)
+        own_server.kill()
+        pq.write_table(caller_table([("e1", NOON_US), ("e2", NOON_US)]), tmp_path / "mine.parquet")
+
+        with pytest.raises(UnavailableError, match=r"mine\.parquet can't be joined"):
+            augment_files(
+                list_sources(tmp_path / "mine.parquet"), tmp_path / "out.parquet", join,
+                window_rows=100, as_folder=False, on_progress=lambda _: None,
+            )  # fmt: skip
+
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_an_online_value_of_a_snapshot_that_is_not_known_yet_is_told(
