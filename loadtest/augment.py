@@ -1,10 +1,10 @@
-"""Augment: a caller's rows joined with as many rows of supervision, by reference and over HTTP (`loadtest.join`).
+"""Augment: a caller's rows joined with as many rows of supervision, by reference and over HTTP.
 
-Each join runs in a process of its own that has just started, the floor's too, in turn; the time is that of the join
-alone. By reference is measured at its Arrow output; beside it with the Parquet file written (`das augment`), and for
-callers whose rows are in random order. Over HTTP: `Client.augment` against a real API, from a table in memory to a
-table in memory, embeddings as encoded. `python -m loadtest.augment` prints the lines; `--num-rows 20000000` shows that
-memory does not grow with the rows.
+By reference is measured at its Arrow output, in a process that joins and does nothing else, and the floor in another
+(`loadtest.join`), in turn; each has joined once before. Beside it: for callers whose rows are in random order, and with
+the Parquet file written (`Client.augment_files`, which starts a process). Over HTTP: `Client.augment` against a real
+API, from a table in memory to a table in memory, embeddings as encoded. `python -m loadtest.augment` prints the lines;
+`--num-rows 20000000` shows that memory does not grow with the rows.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 import redis
@@ -35,107 +37,116 @@ Record = dict[str, Any]
 _JOIN_SECONDS = 300.0
 
 
-class Joins:
-    """Runs joins on one service's tables, each in a process of its own."""
+class Joiner:
+    """A process of `loadtest.join`."""
 
-    def __init__(self, service: RunningService, num_rows: int) -> None:
-        self._service = service
-        self._num_rows = num_rows
-        self._environment = {
-            **os.environ,
-            "DAS_REDIS_URL": service.redis_url,
-            "DAS_TABLES_URI": str(service.folder.tables),
-        }
-
-    def floor(self, caller: Path) -> Record:
-        """Give what one DuckDB statement takes."""
-        return self._run("loadtest.join", "floor", str(caller))
-
-    def by_reference(self, caller: Path) -> Record:
-        """Give what the join to Arrow takes."""
-        return self._run("loadtest.join", "das", str(caller))
-
-    def to_parquet(self, caller: Path) -> Record:
-        """Give what `das augment` takes, to a file on the same disk."""
-        target = caller.with_name("augmented.parquet")
-        with Client(self._service.url) as client:
-            answer = client.augment_files(DATASET, caller, target, fms=[FM], folder=self._service.folder.root)
-        target.unlink()
-        return self._complete(answer)
-
-    def over_http(self, caller: Path) -> Record:
-        """Give what `Client.augment` takes from table to table."""
-        table = pq.read_table(caller)
-        with Client(self._service.url) as client:
-            start = time.perf_counter()
-            answer = client.augment(DATASET, table, fms=[FM], embedding_format="encoded")
-            seconds = time.perf_counter() - start
-        present = answer[f"{FM}__status"].unify_dictionaries().value_counts().to_pylist()
-        rows = sum(found["counts"] for found in present if found["values"] == "present")
-        return self._complete({"rows": rows, "seconds": seconds})
-
-    def _run(self, module: str, *arguments: str) -> Record:
-        command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, timeout=_JOIN_SECONDS, check=True
+    def __init__(self, which: str, service: RunningService) -> None:
+        variables = {"DAS_REDIS_URL": service.redis_url, "DAS_TABLES_URI": str(service.folder.tables)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loadtest.join", which],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        return self._complete(dict(json.loads(done.stdout.splitlines()[-1])))
 
-    def _complete(self, answer: Record) -> Record:
-        """Give the answer back if every row has supervision.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def join(self, caller: Path) -> Record:
+        """Give rows, seconds and the process's peak of memory so far.
 
         Raises:
-            RuntimeError: Rows are missing.
+            RuntimeError: The process ended, or was ended because it took too long.
         """
-        if answer["rows"] != self._num_rows:
-            raise RuntimeError(f"{answer['rows']} of {self._num_rows} rows came out")
-        return answer
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the process has no pipes")
+        watch = threading.Timer(_JOIN_SECONDS, self._process.kill)
+        watch.start()
+        try:
+            print(caller, file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        finally:
+            watch.cancel()
+        if not answer:
+            raise RuntimeError("the join ended without an answer")
+        return dict(json.loads(answer))
 
 
 def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
     """Give the lines of `augment` and `augment_http`."""
     with running_service(folder=folder / "service", roles=("api",)) as service:
+        tables = Folder(str(service.folder.tables))
         with redis.Redis.from_url(service.redis_url, protocol=2) as server:
-            declare(server, Folder(str(service.folder.tables)))
+            declare(server, tables)
         start = time.perf_counter()
-        files = write(Folder(str(service.folder.tables)), folder, num_rows=num_rows)
+        files = write(tables, folder, num_rows=num_rows)
         say(f"      {num_rows:,} rows of supervision committed in {time.perf_counter() - start:.0f} s")
-        lines = _by_reference(Joins(service, num_rows), files, num_rows, rounds)
-        lines["augment_http"] = _over_http(service, Joins(service, num_rows), files, num_rows, max(1, rounds // 2))
+        with Joiner("floor", service) as floor:
+            lines = {"augment": _by_reference(service, floor, files, num_rows, rounds)}
+            join = partial(_over_http, service.url)
+            measured, _ = _in_turn(join, floor, files.in_time_order, num_rows, max(1, rounds // 2))
+        lines["augment_http"] = to_line(measured, rows=num_rows, peak_mb=_peak_mb(service))
     return lines
 
 
-def _by_reference(joins: Joins, files: CallerFiles, num_rows: int, rounds: int) -> Record:
-    line, peak_mb = _in_turn(joins.by_reference, joins.floor, files.in_time_order, num_rows, rounds)
-    random, random_peak_mb = _in_turn(joins.by_reference, joins.floor, files.in_random_order, num_rows, rounds // 2)
-    to_parquet = joins.to_parquet(files.in_time_order)
-    more = {
-        "rows": num_rows,
-        "peak_mb": peak_mb,
-        "random_order": {**to_line(random), "peak_mb": random_peak_mb},
-        "to_parquet_rows_per_s": round(num_rows / to_parquet["seconds"]),
-    }
-    return {"augment": to_line(line, **more)}
+def _by_reference(service: RunningService, floor: Joiner, files: CallerFiles, num_rows: int, rounds: int) -> Record:
+    with Joiner("das", service) as das:
+        in_order, peak_mb = _in_turn(das.join, floor, files.in_time_order, num_rows, rounds)
+        random, random_peak_mb = _in_turn(das.join, floor, files.in_random_order, num_rows, max(1, rounds // 2))
+    written = _to_parquet(service, files.in_time_order)
+    return to_line(
+        in_order,
+        rows=num_rows,
+        peak_mb=peak_mb,
+        random_order={**to_line(random), "peak_mb": random_peak_mb},
+        to_parquet_rows_per_s=round(num_rows / written["seconds"]),
+    )
 
 
-def _over_http(service: RunningService, joins: Joins, files: CallerFiles, num_rows: int, rounds: int) -> Record:
-    measured, _ = _in_turn(joins.over_http, joins.floor, files.in_time_order, num_rows, rounds)
-    return to_line(measured, rows=num_rows, peak_mb=_peak_mb(service))
+def _to_parquet(service: RunningService, caller: Path) -> Record:
+    """Give what `das augment` takes, to a file on the same disk."""
+    target = caller.with_name("augmented.parquet")
+    with Client(service.url) as client:
+        answer = client.augment_files(DATASET, caller, target, fms=[FM], folder=service.folder.root)
+    target.unlink()
+    return answer
+
+
+def _over_http(url: str, caller: Path) -> Record:
+    """Give what `Client.augment` takes from table to table."""
+    table = pq.read_table(caller)
+    with Client(url) as client:
+        start = time.perf_counter()
+        answer = client.augment(DATASET, table, fms=[FM], embedding_format="encoded")
+        seconds = time.perf_counter() - start
+    statuses = answer[f"{FM}__status"].unify_dictionaries().value_counts().to_pylist()
+    return {"rows": sum(s["counts"] for s in statuses if s["values"] == "present"), "seconds": seconds}
 
 
 def _in_turn(
-    join: Callable[[Path], Record], floor: Callable[[Path], Record], caller: Path, num_rows: int, rounds: int
+    join: Callable[[Path], Record], floor: Joiner, caller: Path, num_rows: int, rounds: int
 ) -> tuple[list[Round], int]:
-    """Give the rounds, and the highest peak of memory of the joins."""
-    measured, peaks = [], [0]
-    for i in range(max(1, rounds)):
-        if i % 2:
-            found, under = join(caller), floor(caller)
-        else:
-            under, found = floor(caller), join(caller)
-        peaks.append(found.get("peak_mb", 0))
-        measured.append(Round(num_rows, found["seconds"], under["seconds"]))
-    return measured, max(peaks)
+    """Give the rounds, after one of each that only warms up, and the peak of memory that the joining process tells.
+
+    Raises:
+        RuntimeError: Not every row came out with supervision.
+    """
+    measured, peak_mb = [], 0
+    for i in range(rounds + 1):
+        sides = (join, floor.join) if i % 2 else (floor.join, join)
+        answers = {side: side(caller) for side in sides}
+        for answer in answers.values():
+            if answer["rows"] != num_rows:
+                raise RuntimeError(f"{answer['rows']} of {num_rows} rows came out")
+        measured.append(Round(num_rows, answers[join]["seconds"], answers[floor.join]["seconds"]))
+        peak_mb = answers[join].get("peak_mb", 0)
+    return measured[1:], peak_mb
 
 
 def _peak_mb(service: RunningService) -> int:

@@ -67,13 +67,13 @@ class Sizes:
 
 FULL = Sizes(
     ingest=Size(14, 6),  # stays below the size at which the server would rewrite its log in the middle
-    stream_chunks=240,
+    stream_chunks=220,
     lookup_rounds=100,
-    worker=Size(8, 3),
-    worker_free=Size(40, 3),
-    sink=Size(40, 5),
+    worker=Size(6, 3),
+    worker_free=Size(24, 3),
+    sink=Size(40, 4),
     augment_rows=5_000_000,
-    augment_rounds=5,
+    augment_rounds=4,
 )
 QUICK = Sizes(
     ingest=Size(2, 2),

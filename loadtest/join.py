@@ -1,15 +1,16 @@
-"""One join of a caller's Parquet file with the supervision tables, in a process of its own, so that its memory counts.
+"""Joins of a caller's Parquet file with the supervision tables, in a process of its own, so that its memory counts.
 
-`python -m loadtest.join das CALLER` joins by reference, window by window in the caller's order, to Arrow.
-`python -m loadtest.join floor CALLER` is the floor: the same files joined on example_id by one DuckDB statement to
-Arrow, in no order (so with the id among its columns), and with as much memory as it wants. Both print JSON, and find
-server and tables by DAS_REDIS_URL and DAS_TABLES_URI.
+`python -m loadtest.join das` joins by reference, window by window in the caller's order, to Arrow. `python -m
+loadtest.join floor` is the floor: the same files joined on example_id by one DuckDB statement to Arrow, in no order (so
+with the id among its columns), and with as much memory as it wants. Both read the caller's path from each line of stdin
+and answer with a line of JSON; DAS_REDIS_URL and DAS_TABLES_URI say where server and tables are.
 """
 
 import argparse
 import json
 import os
 import resource
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -62,9 +63,8 @@ def join_in_one_statement(caller: Path, settings: Settings) -> int:
 JOINS = {"das": join_by_reference, "floor": join_in_one_statement}
 
 
-def run(which: str, caller: Path) -> dict[str, Any]:
-    """Give rows, seconds and the peak of this process's resident memory (Linux, which counts it in kilobytes)."""
-    settings = load_settings()
+def run(which: str, caller: Path, settings: Settings) -> dict[str, Any]:
+    """Give rows, seconds and the peak of this process's resident memory so far (Linux, which counts kilobytes)."""
     start = time.perf_counter()
     num_rows = JOINS[which](caller, settings)
     seconds = time.perf_counter() - start
@@ -76,9 +76,9 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=sorted(JOINS))
-    parser.add_argument("caller", type=Path)
-    options = parser.parse_args()
-    print(json.dumps(run(options.which, options.caller)))
+    which, settings = parser.parse_args().which, load_settings()
+    for line in sys.stdin:
+        print(json.dumps(run(which, Path(line.rstrip("\n")), settings)), flush=True)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,28 @@ def test_some_rows_in_the_tables_some_online_some_waiting(feeding: Feeding, stan
     ]  # fmt: skip
 
 
+def test_the_one_entry_after_the_last_commit_is_looked_up(feeding: Feeding, stand: Stand, duck: Duck) -> None:
+    for first in (0, 20):
+        feeding.post_ids(first, first + 20)
+        stand.work()
+        if first == 0:
+            committed(feeding)
+
+    assert set(statuses(joined(feeding, duck, names(0, 40)))) == {"present"}
+
+
+def test_what_is_committed_throughout_is_not_asked_for_online(feeding: Feeding, stand: Stand, duck: Duck) -> None:
+    feeding.post_ids(0, 20)
+    stand.work()
+    committed(feeding)
+    feeding.client.config_resetstat()
+
+    found = statuses(joined(feeding, duck, [*names(0, 20), "nobody", "no one", "none", "neither"]))
+
+    assert found == ["present"] * 20 + ["missing"] * 4
+    assert "cmdstat_mget" not in feeding.client.info("commandstats")
+
+
 @pytest.mark.parametrize("is_committed", [False, True], ids=["on the way", "committed"])
 def test_failed_rows_are_failed_before_and_after_the_commit(
     feeding: Feeding, stand: Stand, duck: Duck, *, is_committed: bool
