@@ -60,14 +60,14 @@ class _Parts(io.RawIOBase):
     """What was written since the last take()."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | pa.Buffer] = []
 
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:  # noqa: ANN401 - a buffer
-        self._pieces.append(bytes(data))
-        return len(self._pieces[-1])
+    def write(self, data: Any) -> int:  # noqa: ANN401 - bytes, or a buffer of the batch, which is not copied here
+        self._pieces.append(data)
+        return len(data)
 
     def take(self) -> bytes:
         pieces, self._pieces = self._pieces, []

@@ -25,7 +25,7 @@ def augment(
         list[str] | None, typer.Option("--output", help="Task or embedding, may be repeated; default: all.")
     ] = None,
     max_freshness_gap_seconds: Annotated[
-        float | None, typer.Option(min=0, help="A larger event_time - trained_through is stale.")
+        float | None, typer.Option(min=0, max=1e12, help="A larger event_time - trained_through is stale.")
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="A folder of `das up`; default: where DAS_TABLES_URI says.")
@@ -89,7 +89,7 @@ def _augment(
     from das_service.registry import Registry, parse_catalog
     from das_service.supervision.answer import LookupQuery
     from das_service.supervision.answer_size import bytes_per_row
-    from das_service.supervision.augment_files import augment_files, list_sources, refuse_unfit
+    from das_service.supervision.augment_files import WINDOWS_AT_ONCE, augment_files, list_sources, refuse_unfit
     from das_service.supervision.join import OfflineJoin, window_rows
     from das_service.tables.duck import Duck
 
@@ -105,7 +105,7 @@ def _augment(
             embedding_format="encoded",
             max_freshness_gap_seconds=max_gap_seconds,
         )
-        duck = Duck(memory_bytes=settings.duckdb_memory_bytes)
+        duck = Duck(memory_bytes=WINDOWS_AT_ONCE * settings.duckdb_memory_bytes, concurrency=WINDOWS_AT_ONCE)
         try:
             try:
                 client.ping()
@@ -120,7 +120,7 @@ def _augment(
                     sources,
                     target,
                     join,
-                    window_rows=window_rows(max(per_row, default=0)),
+                    window_rows=window_rows(sum(per_row)),
                     as_folder=source.is_dir(),
                     on_progress=on_progress,
                 )

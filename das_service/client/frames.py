@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from das_service.client.arrow import to_table
 
+_DAY_US = 86_400_000_000
 _KEYS = ("example_id", "event_time")
 
 
@@ -42,6 +44,34 @@ def join_keys(table: Any) -> pa.Table:  # noqa: ANN401 - what own_table gives
         has = ", ".join(map(str, names)) or "none"
         raise ValueError(f"the table has no column {' and no column '.join(missing)}; its columns: {has}")
     return to_table(table[list(_KEYS)] if _is_frame(table, "pandas") else table.select(list(_KEYS)))
+
+
+def cut_at_days(table: pa.Table, *, most_rows: int) -> list[tuple[int, pa.Table]]:
+    """Give pieces of at most most_rows rows, at least one, each with the number of its first row.
+
+    A piece ends where the UTC day of event_time changes, if it does in its second half: the service reads the tables of
+    a day for each piece with rows of it.
+    """
+    pieces = []
+    start = 0
+    while start == 0 or start < table.num_rows:
+        num_rows = most_rows
+        if start + most_rows < table.num_rows:
+            num_rows = most_rows // 2 + _last_day_change(
+                table["event_time"].slice(start + most_rows // 2, -(-most_rows // 2))
+            )
+        pieces.append((start, table.slice(start, num_rows)))
+        start += num_rows
+    return pieces
+
+
+def _last_day_change(event_time: pa.ChunkedArray) -> int:
+    """Give the number of the first row of the last day; all rows where there is but one day, or no times."""
+    if not pa.types.is_timestamp(event_time.type):
+        return len(event_time)
+    microseconds = event_time.cast(pa.timestamp("us", event_time.type.tz), safe=False).cast(pa.int64())
+    run_ends = pc.run_end_encode(pc.divide(microseconds, _DAY_US).combine_chunks()).run_ends
+    return int(run_ends[-2].as_py()) if len(run_ends) > 1 else len(event_time)
 
 
 def refuse_collision(table: Any, added: Sequence[str]) -> None:  # noqa: ANN401

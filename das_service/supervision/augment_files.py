@@ -6,7 +6,9 @@ whole, so that a run that was cut leaves nothing.
 
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,10 @@ from numpy.typing import NDArray
 from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
 from das_service.door.row_errors import RowErrors
 from das_service.errors import InvalidRowsError, UnavailableError
-from das_service.supervision.join import Joined, OfflineJoin
+from das_service.supervision.join import JOIN_MEMORY, Joined, OfflineJoin
 from das_service.supervision.windows import FileRows, Window, as_microseconds, iter_windows
 
+WINDOWS_AT_ONCE = 2
 _TIME_ROWS = 1_000_000
 _ROW_GROUP_ROWS = 250_000
 
@@ -116,18 +119,38 @@ def _ambiguous(schema: pa.Schema) -> list[dict[str, str]]:
 def iter_joined(sources: Sequence[Source], join: OfflineJoin, *, window_rows: int) -> Iterator[tuple[Window, Joined]]:
     """Give the files' rows, in their order, window by window, with their supervision.
 
+    Two windows are joined at a time: one query alone leaves cores idle while its rows are scattered.
+
     Raises:
         InvalidRowsError: invalid_rows: an id or a time is null, or a time can't be said in microseconds.
     """
     rows = (part for source in sources for part in _iter_rows(source))
-    for window in iter_windows(rows, most_rows=window_rows, granularity=join.spec.table_granularity):
-        yield window, _joined(join, window)
+    with ThreadPoolExecutor(WINDOWS_AT_ONCE, thread_name_prefix="join") as threads:
+        running: deque[tuple[Window, Future[Joined]]] = deque()
+        for window in iter_windows(rows, most_rows=window_rows, granularity=join.spec.table_granularity):
+            running.append((window, threads.submit(_joined, join, window)))
+            if len(running) == WINDOWS_AT_ONCE:
+                yield _first(running, join)
+        while running:
+            yield _first(running, join)
+
+
+def _first(running: deque[tuple[Window, Future[Joined]]], join: OfflineJoin) -> tuple[Window, Joined]:
+    """Give the first window once it is joined; one that found too little memory gets all of it, after the others."""
+    window, joined = running.popleft()
+    try:
+        return window, joined.result()
+    except UnavailableError as error:
+        if error.code != JOIN_MEMORY or not running:
+            raise
+        wait(other for _, other in running)
+        return window, _joined(join, window)
 
 
 def _joined(join: OfflineJoin, window: Window) -> Joined:
     try:
         return join.join(window)
-    except (duckdb.Error, redis.RedisError) as error:
+    except (duckdb.Error, OSError, redis.RedisError) as error:
         files = ", ".join(dict.fromkeys(part.path for part in window.parts if isinstance(part, FileRows)))
         raise UnavailableError(f"the rows of {files} can't be joined: {_first_line(error)}") from error
 

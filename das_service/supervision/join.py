@@ -11,6 +11,7 @@ Source: docs/adr/0007-the-offline-join.md
 """
 
 import datetime as dt
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -47,8 +48,10 @@ from schemas.snapshot import OutputColumns
 from schemas.supervision import FAILED, online_layout
 from schemas.tables import dead_letters_table, supervision_table
 
-_BATCH_ROWS = 50_000
+JOIN_MEMORY = "join_memory"
+_BATCH_ROWS = 32_768
 _ID_BYTES = 256
+_HUGE_BYTES = 2 * 1024 * 1024
 _ROW_BYTES = 32
 _WINDOW_ROWS, _WINDOW_BYTES = 1_000_000, 256 * 1024 * 1024
 Columns: TypeAlias = "dict[str, NDArray[Any]]"
@@ -64,7 +67,7 @@ class Joined:
 
 
 class OfflineJoin:
-    """Joins rows with the tables of a dataset as they are when it is made. One thread."""
+    """Joins rows with the tables of a dataset as they are when it is made. Threads may share it."""
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class OfflineJoin:
         Raises:
             OverloadedError: No permit for DuckDB came free.
             TooLargeError: The ids take more than a window may.
-        UnavailableError: The memory or the spill disk is used up, or the registry lags behind the tables.
+            UnavailableError: The memory or the spill disk is used up, or the registry lags behind the tables.
         """
         fields: list[pa.Field] = []
         arrays: list[pa.Array] = []
@@ -123,10 +126,12 @@ class OfflineJoin:
             with self._duck.cursor() as cursor:
                 window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS))
                 return _WindowJoin(cursor, window, fm, self._query, self.spec).judge()
-        except duckdb.OutOfMemoryException as error:
+        except (duckdb.OutOfMemoryException, OSError) as error:  # pyarrow's reader turns DuckDB's errors into OSError
+            if isinstance(error, OSError) and "Out of Memory Error" not in str(error):
+                raise
             raise UnavailableError(
                 "the join needs more memory or spill disk than it may have (DAS_DUCKDB_MEMORY_BYTES)",
-                code="join_memory",
+                code=JOIN_MEMORY,
             ) from error
 
 
@@ -242,8 +247,9 @@ class _WindowJoin:
         self._fm = fm
         self._query = query
         self._spec = spec
-        self._days = [dt.date.fromordinal(_EPOCH + int(day)) for day in np.unique(window.event_day)]
+        self._days = [dt.date.fromordinal(_EPOCH + int(day)) for day in window.days()]
         self._found = np.zeros(window.num_rows, np.bool_)
+        self._last_of = np.empty(window.num_rows, np.int32)
         self._values: Columns = {
             name: _buffer(window.num_rows, kind, shape) for name, kind, shape in fm.layout(query)
         }  # fmt: skip
@@ -322,10 +328,9 @@ class _WindowJoin:
 
     def _better(self, rows: NDArray[np.int32], found: Columns) -> Int64s | None:
         """Give which of the rows stand, where an example has several snapshots; None for all."""
-        first_of = np.full(self._window.num_rows, -1, np.int32)
         numbers = np.arange(len(rows), dtype=np.int32)
-        first_of[rows] = numbers
-        if not self._found[rows].any() and np.array_equal(first_of[rows], numbers):
+        self._last_of[rows] = numbers  # what stood there does not matter: only these places are read
+        if not self._found[rows].any() and np.array_equal(self._last_of[rows], numbers):
             return None
         key = self._preference(found)
         order = np.lexsort((*key[::-1], rows))
@@ -392,14 +397,22 @@ _EPOCH = dt.date(1970, 1, 1).toordinal()
 
 
 def window_rows(bytes_per_row: int) -> int:
-    """Give how many rows a window may have when an FM's supervision of a row takes so many bytes."""
+    """Give how many rows a window may have when the supervision of a row, by all FMs, takes so many bytes."""
     return max(_BATCH_ROWS, min(_WINDOW_ROWS, _WINDOW_BYTES // (bytes_per_row + _ROW_BYTES)))
 
 
 def _buffer(num_rows: int, kind: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Give an array of Arrow's memory pool, not cleared: fresh pages for each window cost as much as the scatter."""
+    """Give an array in a mapping of its own, in huge pages where there are any.
+
+    A window's buffers are freed by whoever reads it: taken from a pool, their pages cost as much as the scatter.
+    """
     num_items = num_rows * int(np.prod(shape, dtype=np.int64))
-    return np.frombuffer(pa.allocate_buffer(num_items * kind.itemsize), kind).reshape(num_rows, *shape)
+    if num_items * kind.itemsize < _HUGE_BYTES:
+        return np.empty((num_rows, *shape), kind)
+    pages = mmap.mmap(-1, -(-num_items * kind.itemsize // _HUGE_BYTES) * _HUGE_BYTES, flags=mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, kind, num_items).reshape(num_rows, *shape)
 
 
 def _values_of(column: pa.Array, like: NDArray[Any] | None) -> NDArray[Any]:

@@ -63,6 +63,11 @@ class Window:
         """Rows of the window."""
         return len(self.event_day)
 
+    def days(self) -> Int64s:
+        """Give the event days of the rows, each once; quick where neighbours are of one day."""
+        changes = np.flatnonzero(np.diff(self.event_day))
+        return np.unique(self.event_day[np.concatenate([[0], changes + 1])])
+
     def batches(self) -> list[pa.RecordBatch]:
         """Give all columns of the rows; of a window of Arrow batches only."""
         return [part.batch for part in self.parts if isinstance(part, BatchRows)]

@@ -1,17 +1,21 @@
 """Order (I6): half a million shuffled rows with repeats come back row by row, whole columns against numpy."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from das_service.errors import UnavailableError
 from das_service.folder import Folder
 from das_service.supervision.answer import LookupQuery
-from das_service.supervision.join import OfflineJoin
+from das_service.supervision.augment_files import WINDOWS_AT_ONCE, iter_joined, list_sources
+from das_service.supervision.join import JOIN_MEMORY, OfflineJoin
 from das_service.supervision.windows import Rows, iter_windows
 from das_service.tables.duck import Duck
 from das_service.tables.durable_table import DurableTable
@@ -152,6 +156,16 @@ def joined(folder: Folder, rows: Iterable[Rows], *, window_rows: int) -> pa.Tabl
     return table.cast(reference(np.empty(0, np.int64)).schema).combine_chunks()
 
 
+def joined_files(folder: Folder, source: Path, *, memory_bytes: int, spill_bytes: int | None = None) -> pa.Table:
+    """Give what `das augment` joins: windows at a time."""
+    duck = Duck(memory_bytes=memory_bytes, threads=2, concurrency=WINDOWS_AT_ONCE, spill_bytes=spill_bytes)
+    query = LookupQuery(fms=("f",), embedding_format="encoded")
+    with closing(duck):
+        join = OfflineJoin(duck, folder, catalog_of(SPEC, [FM]), "ads", query, client=None)
+        parts = [found.columns for _, found in iter_joined(list_sources(source), join, window_rows=50_000)]
+    return pa.concat_tables(parts).cast(reference(np.empty(0, np.int64)).schema).combine_chunks()
+
+
 def first_difference(found: pa.Table, wanted: pa.Table) -> dict[str, Any]:
     """Give per column the first row that differs, with both values; empty when they are equal."""
     differences = {}
@@ -188,3 +202,25 @@ def test_rows_in_time_order_stand_in_the_callers_order(tables: Folder, called: N
     found = joined(tables, rows, window_rows=300_000)
 
     assert first_difference(found, reference(ordered).combine_chunks()) == {}
+
+
+@pytest.mark.parametrize("memory_mb", [512, 24], ids=["enough memory", "little memory"])
+def test_windows_that_are_joined_at_a_time_come_in_the_callers_order(
+    tables: Folder, called: Numbers, tmp_path: Path, memory_mb: int
+) -> None:
+    table = caller_table(called)
+    pq.write_table(table.slice(0, 350_000), tmp_path / "a.parquet", row_group_size=70_000)
+    pq.write_table(table.slice(350_000), tmp_path / "b.parquet", row_group_size=70_000)
+
+    found = joined_files(tables, tmp_path, memory_bytes=memory_mb * 1024 * 1024)
+
+    assert first_difference(found, reference(called).combine_chunks()) == {}
+
+
+def test_too_little_memory_is_told_with_the_setting_to_raise(tables: Folder, called: Numbers, tmp_path: Path) -> None:
+    pq.write_table(caller_table(called), tmp_path / "a.parquet")
+
+    with pytest.raises(UnavailableError, match="DAS_DUCKDB_MEMORY_BYTES") as caught:
+        joined_files(tables, tmp_path, memory_bytes=2 * 1024 * 1024, spill_bytes=0)
+
+    assert caught.value.code == JOIN_MEMORY

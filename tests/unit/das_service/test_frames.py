@@ -7,9 +7,12 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from das_service.client.frames import join_keys, own_table, refuse_collision, with_columns
+from das_service.client.frames import cut_at_days, join_keys, own_table, refuse_collision, with_columns
 
 NOON = pd.Timestamp("2026-03-01T12:00:00Z")
 MINE = pa.table({"mine": [1.5, None], "event_time": [NOON, NOON], "example_id": ["a", "b"]})
@@ -107,3 +110,32 @@ def test_an_arrow_table_gets_the_columns_as_they_are() -> None:
     joined = with_columns(MINE, ADDED)
     assert joined.select(MINE.column_names).equals(MINE)
     assert joined.select(ADDED.column_names).equals(ADDED)
+
+
+@given(
+    st.lists(st.integers(-3, 3), max_size=40).map(sorted) | st.lists(st.integers(-3, 3), max_size=40),
+    st.integers(1, 12),
+    st.sampled_from([pa.timestamp("us", "UTC"), pa.timestamp("s"), pa.timestamp("ns", "Asia/Tokyo"), pa.string()]),
+)
+def test_pieces_cover_the_table_in_order_and_end_with_a_day_where_one_ends_late(
+    days: list[int], most_rows: int, kind: pa.DataType
+) -> None:
+    times = pa.array(days, pa.int64()).cast(pa.int64())
+    table = pa.table(
+        {
+            "example_id": [str(i) for i in range(len(days))],
+            "event_time": pc.multiply(times, 86_400).cast(pa.timestamp("s")).cast(kind)
+            if kind != pa.string()
+            else pa.array(["soon"] * len(days), kind),
+        }
+    )
+
+    pieces = cut_at_days(table, most_rows=most_rows)
+
+    assert pa.concat_tables(piece for _, piece in pieces).equals(table)
+    assert [first for first, _ in pieces] == [0, *np.cumsum([piece.num_rows for _, piece in pieces])[:-1]]
+    assert all(piece.num_rows <= most_rows for _, piece in pieces)
+    for first, piece in pieces[:-1]:
+        late = range(first + most_rows // 2 + 1, first + most_rows)
+        changes = [i for i in late if days[i] != days[i - 1]] if kind != pa.string() else []
+        assert first + piece.num_rows == (changes[-1] if changes else first + most_rows)
