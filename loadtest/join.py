@@ -24,9 +24,8 @@ from das_service.registry import Registry, parse_catalog
 from das_service.settings import Settings, load_settings
 from das_service.supervision.answer import PRESENT, LookupQuery
 from das_service.supervision.answer_size import bytes_per_row
-from das_service.supervision.augment_files import WINDOWS_AT_ONCE, iter_joined, list_sources
+from das_service.supervision.augment_files import iter_joined, list_sources, open_duck
 from das_service.supervision.join import OfflineJoin, window_rows
-from das_service.tables.duck import Duck
 from das_service.tables.offline_store import TableReader, table_place
 from schemas.tables import supervision_table
 
@@ -42,11 +41,15 @@ def join_by_reference(caller: Path, settings: Settings) -> int:
     """Join as `das augment` does, up to the Arrow columns; give how many rows have supervision."""
     tables = Folder(settings.tables_uri)
     query = LookupQuery(fms=(FM,), embedding_format="encoded")
-    with connect(settings) as client, closing(_duck(settings)) as duck:
+    with connect(settings) as client, closing(open_duck(settings.duckdb_memory_bytes)) as duck:
         catalog = parse_catalog(Registry(client, tables).read_copy())
         join = OfflineJoin(duck, tables, catalog, DATASET, query, client=client)
         rows = window_rows(bytes_per_row(catalog.fm(DATASET, FM).outputs, query, as_json=False))
-        return sum(int(j.counts[FM][PRESENT]) for _, j in iter_joined(list_sources(caller), join, window_rows=rows))
+        num_rows = 0
+        for _, joined in iter_joined(list_sources(caller), join, window_rows=rows):
+            num_rows += int(joined.counts[FM][PRESENT])
+            del joined
+        return num_rows
 
 
 def join_in_one_statement(caller: Path, settings: Settings) -> int:
@@ -58,10 +61,6 @@ def join_in_one_statement(caller: Path, settings: Settings) -> int:
     with duckdb.connect(":memory:", config=config) as connection:
         joined = connection.sql(_FLOOR, params={"caller": [str(caller)], "files": files})
         return sum(batch.num_rows for batch in joined.to_arrow_reader(_BATCH_ROWS))
-
-
-def _duck(settings: Settings) -> Duck:
-    return Duck(memory_bytes=WINDOWS_AT_ONCE * settings.duckdb_memory_bytes, concurrency=WINDOWS_AT_ONCE)
 
 
 JOINS = {"das": join_by_reference, "floor": join_in_one_statement}

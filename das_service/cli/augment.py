@@ -89,9 +89,8 @@ def _augment(
     from das_service.registry import Registry, parse_catalog
     from das_service.supervision.answer import LookupQuery
     from das_service.supervision.answer_size import bytes_per_row
-    from das_service.supervision.augment_files import WINDOWS_AT_ONCE, augment_files, list_sources, refuse_unfit
+    from das_service.supervision.augment_files import augment_files, list_sources, open_duck, refuse_unfit
     from das_service.supervision.join import OfflineJoin, window_rows
-    from das_service.tables.duck import Duck
 
     tables = Folder(settings.tables_uri, settings.storage_options)
     sources = list_sources(source)
@@ -105,7 +104,7 @@ def _augment(
             embedding_format="encoded",
             max_freshness_gap_seconds=max_gap_seconds,
         )
-        duck = Duck(memory_bytes=WINDOWS_AT_ONCE * settings.duckdb_memory_bytes, concurrency=WINDOWS_AT_ONCE)
+        duck = open_duck(settings.duckdb_memory_bytes)
         try:
             try:
                 client.ping()

@@ -11,7 +11,6 @@ Source: docs/adr/0007-the-offline-join.md
 """
 
 import datetime as dt
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -38,6 +37,7 @@ from das_service.supervision.answer import (
     supervision_columns,
     trained_through_by_number,
 )
+from das_service.supervision.buffers import BufferPool
 from das_service.supervision.lookup import Asked, fetch_values, unfinished_partitions
 from das_service.supervision.windows import Window, days_of
 from das_service.tables.duck import Duck, quoted_path
@@ -51,7 +51,6 @@ from schemas.tables import dead_letters_table, supervision_table
 JOIN_MEMORY = "join_memory"
 _BATCH_ROWS = 32_768
 _ID_BYTES = 256
-_HUGE_BYTES = 2 * 1024 * 1024
 _ROW_BYTES = 32
 _WINDOW_ROWS, _WINDOW_BYTES = 1_000_000, 256 * 1024 * 1024
 Columns: TypeAlias = "dict[str, NDArray[Any]]"
@@ -90,6 +89,7 @@ class OfflineJoin:
         refuse_unknown_outputs(records, query)
         self._duck = duck
         self._query = query
+        self._pool = BufferPool()
         self._fms = [_FmTables.open(folder, catalog, dataset, record, client) for record in records]
 
     @property
@@ -125,7 +125,7 @@ class OfflineJoin:
         try:
             with self._duck.cursor() as cursor:
                 window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS))
-                return _WindowJoin(cursor, window, fm, self._query, self.spec).judge()
+                return _WindowJoin(cursor, window, fm, self._query, self.spec, self._pool).judge()
         except (duckdb.OutOfMemoryException, OSError) as error:  # pyarrow's reader turns DuckDB's errors into OSError
             if isinstance(error, OSError) and "Out of Memory Error" not in str(error):
                 raise
@@ -241,6 +241,7 @@ class _WindowJoin:
         fm: _FmTables,
         query: LookupQuery,
         spec: DatasetSpec,
+        pool: BufferPool,
     ) -> None:
         self._cursor = cursor
         self._window = window
@@ -251,7 +252,7 @@ class _WindowJoin:
         self._found = np.zeros(window.num_rows, np.bool_)
         self._last_of = np.empty(window.num_rows, np.int32)
         self._values: Columns = {
-            name: _buffer(window.num_rows, kind, shape) for name, kind, shape in fm.layout(query)
+            name: pool.empty((window.num_rows, *shape), kind) for name, kind, shape in fm.layout(query)
         }  # fmt: skip
         self._values["_state"][:] = 0
         order = sorted(range(len(fm.record.snapshots)), key=fm.record.snapshots.__getitem__)
@@ -399,20 +400,6 @@ _EPOCH = dt.date(1970, 1, 1).toordinal()
 def window_rows(bytes_per_row: int) -> int:
     """Give how many rows a window may have when the supervision of a row, by all FMs, takes so many bytes."""
     return max(_BATCH_ROWS, min(_WINDOW_ROWS, _WINDOW_BYTES // (bytes_per_row + _ROW_BYTES)))
-
-
-def _buffer(num_rows: int, kind: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Give an array in a mapping of its own, in huge pages where there are any.
-
-    A window's buffers are freed by whoever reads it: taken from a pool, their pages cost as much as the scatter.
-    """
-    num_items = num_rows * int(np.prod(shape, dtype=np.int64))
-    if num_items * kind.itemsize < _HUGE_BYTES:
-        return np.empty((num_rows, *shape), kind)
-    pages = mmap.mmap(-1, -(-num_items * kind.itemsize // _HUGE_BYTES) * _HUGE_BYTES, flags=mmap.MAP_PRIVATE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, kind, num_items).reshape(num_rows, *shape)
 
 
 def _values_of(column: pa.Array, like: NDArray[Any] | None) -> NDArray[Any]:
