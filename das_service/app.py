@@ -102,7 +102,7 @@ def server_config(settings: Settings) -> uvicorn.Config:
         create_app(settings),
         host=host,
         port=port,
-        http=partial(BoundedHttp, head_seconds=settings.body_timeout_seconds),  # type: ignore[arg-type]
+        http=partial(BoundedHttp, wait_seconds=settings.body_timeout_seconds),  # type: ignore[arg-type]
         ws="none",
         log_level="warning",
         access_log=False,

@@ -27,6 +27,12 @@ def instance_name(settings: Settings, role: str) -> str:
     return settings.instance or f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
+def reachable_url(host: str, port: int) -> str:
+    """Give where a person finds what listens there: on this machine by name, where it listens on all addresses."""
+    bound_to_all = host.strip("[]") in {"", "0.0.0.0", "::"}  # noqa: S104 - compared, not bound
+    return f"http://{socket.gethostname() if bound_to_all else host}:{port}"
+
+
 def beat(client: redis.Redis, instance: str, *, role: str, count: int, info: Mapping[str, Any]) -> None:
     """Say that this process is alive, and what peers and people should know of it."""
     record = {"role": role, "count": count, "pid": os.getpid(), **info}

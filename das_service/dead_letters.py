@@ -15,6 +15,7 @@ from das_service.sink.rescore import Rescorer
 from das_service.tables.duck import Duck
 from das_service.tables.offline_store import TablePlace, TableReader, table_place
 from schemas.dataset import DatasetSpec
+from schemas.entries import Entry
 from schemas.tables import dead_letters_table, dead_schema, supervision_table
 
 _COLUMNS = ("example_id", "event_time", "snapshot_id", "failed_at", "reason")
@@ -28,7 +29,7 @@ def list_dead_letters(
 
     Examples that were scored later are not listed.
     """
-    letters = _logged(client, tables, dataset, fm, partitions)[:limit]
+    letters = _logged(client, tables, dataset, fm, partitions, limit=limit)
     seen = {(letter["example_id"], letter["event_time"]) for letter in letters}
     table = TableReader(table_place(tables, dataset, dead_letters_table(fm)))
     if table.refresh() < 0:
@@ -60,18 +61,26 @@ def _scored(scored: TableReader, place: TablePlace, day: dt.date, example_ids: p
     return set(found["example_id"].to_pylist())
 
 
-def _logged(client: redis.Redis, tables: Folder, dataset: str, fm: str, partitions: int) -> list[dict[str, Any]]:
+def _logged(
+    client: redis.Redis, tables: Folder, dataset: str, fm: str, partitions: int, *, limit: int
+) -> list[dict[str, Any]]:
     mark = read_mark(tables, dataset, dead_letters_table(fm))
     positions = {} if mark is None else mark.positions
-    after = {partition: positions.get(partition) for partition in range(partitions)}
-    letters = []
-    for entries in read_after(client, dataset, dead_log(fm), after, count=_ENTRIES_PER_PARTITION).values():
-        for entry in entries:
-            failed_at = pa.scalar(entry.taken_at_us, pa.timestamp("us", "UTC")).as_py()
-            for row in entry.batch(dead_schema()).to_pylist():
-                row.pop("example_digest")
-                letters.append({**row, "snapshot_id": entry.meta.get("snapshot_id"), "failed_at": failed_at})
-    return [{column: letter[column] for column in _COLUMNS} for letter in letters]
+    letters: list[dict[str, Any]] = []
+    for partition in range(partitions):  # one at a time: twenty entries may be 80 MB
+        after = {partition: positions.get(partition)}
+        for entry in read_after(client, dataset, dead_log(fm), after, count=_ENTRIES_PER_PARTITION)[partition]:
+            letters += _letters_of(entry, most=limit - len(letters))
+            if len(letters) == limit:
+                return letters
+    return letters
+
+
+def _letters_of(entry: Entry, *, most: int) -> list[dict[str, Any]]:
+    failed_at = pa.scalar(entry.taken_at_us, pa.timestamp("us", "UTC")).as_py()
+    rows = entry.batch(dead_schema()).slice(0, most).select(["example_id", "event_time", "reason"]).to_pylist()
+    found = [{**row, "snapshot_id": entry.meta.get("snapshot_id"), "failed_at": failed_at} for row in rows]
+    return [{column: letter[column] for column in _COLUMNS} for letter in found]
 
 
 def replay_dead_letters(

@@ -13,8 +13,7 @@ import xxhash
 from das_service.errors import ConflictError, DasError, InvalidRowsError, UnknownNameError
 from das_service.folder import Folder, local_path
 from das_service.logs.records import EXAMPLES, fm_logs
-from das_service.logs.streams import create_groups, create_logs
-from das_service.redis_client import ScriptCall, run_scripts, script
+from das_service.logs.streams import create_groups, create_logs, raise_generation
 from das_service.registry import (
     Catalog,
     FmRecord,
@@ -26,7 +25,6 @@ from das_service.registry import (
     snapshot_field,
 )
 from das_service.snapshot_folder import SnapshotError, read_manifest
-from schemas import keys
 from schemas.dataset import DatasetSpec, grow
 from schemas.snapshot import OutputColumns
 
@@ -137,13 +135,7 @@ class Declarations:
             return activated(record, snapshot_id)
 
         record = self._registry.change(fm_field(dataset, fm), FmRecord, update)
-        calls = [
-            ScriptCall(script("raise_generation"), [keys.generation(dataset, partition, fm)], [record.generation])
-            for partition in range(spec.partitions)
-        ]
-        for reply in run_scripts(self._client, calls):
-            if isinstance(reply, Exception):
-                raise reply
+        raise_generation(self._client, dataset, partitions=spec.partitions, fm=fm, generation=record.generation)
         return record
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from das_service.beats import BEAT_SECONDS, beat, forget
+from das_service.beats import BEAT_SECONDS, beat, forget, reachable_url
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
 from das_service.settings import Settings
@@ -149,6 +149,6 @@ def _start_probe(context: RoleContext, health: Health) -> ThreadingHTTPServer:
     host, _, port = context.settings.probe_bind.rpartition(":")
     server = ThreadingHTTPServer((host, int(port)), Probe)
     server.daemon_threads = True
-    context.probe_url = f"http://{host}:{server.server_address[1]}"
+    context.probe_url = reachable_url(host, server.server_address[1])
     threading.Thread(target=server.serve_forever, name="probe", daemon=True).start()
     return server

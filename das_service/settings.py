@@ -4,11 +4,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableSettingError
 
 MIB = 1024 * 1024
+_LAST_PORT = 65_535
 
 
 class SettingsError(Exception):
@@ -42,10 +45,12 @@ class Settings(BaseSettings):
     max_decoded_bytes: int = Field(256 * MIB, ge=1024, description="Largest request once decompressed and decoded.")
     max_rows: int = Field(100_000, ge=1, description="Most rows of one request.")
     max_answer_bytes: int = Field(
-        256 * MIB, ge=MIB, description="Largest answer of a lookup; numbers in JSON count 16-fold; 413 above it."
+        256 * MIB,
+        ge=MIB,
+        description="Largest lookup, or augment as JSON (numbers count 16-fold); 413 above it.",
     )
     max_concurrent_requests: int = Field(16, ge=1, description="Data requests at once; 429 above it.")
-    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for a head or the next piece of a body.")
+    body_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for a caller to send or to read on.")
     max_backlog_bytes: int = Field(1024 * MIB, ge=MIB, description="Most bytes in the logs of one dataset; 429 above.")
     max_memory_ratio: float = Field(0.9, gt=0, le=1, description="Ingest stops above this share of maxmemory.")
     disk_reserve_bytes: int = Field(1024 * MIB, ge=0, description="Free bytes that ingest leaves; 507 below.")
@@ -62,7 +67,9 @@ class Settings(BaseSettings):
     compact_files: int = Field(64, ge=2, description="Small files of an event day at which the sink compacts it.")
     compact_target_bytes: int = Field(128 * MIB, ge=MIB, description="Size that compaction aims at.")
     retention_hours: int = Field(168, ge=24, description="How long files that compaction replaced stay readable.")
-    duckdb_memory_bytes: int = Field(512 * MIB, ge=64 * MIB, description="Memory of the process's one DuckDB.")
+    duckdb_memory_bytes: int = Field(
+        512 * MIB, ge=64 * MIB, description="Memory of a process's DuckDB; das augment: half as much again."
+    )
 
     # the worker
     device: str = Field("auto", description="auto, cpu or cuda[:n].")
@@ -78,6 +85,36 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(20.0, gt=0, description="Longest time to finish work after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
+    @field_validator("bind", "probe_bind")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > _LAST_PORT:
+            raise ValueError(f"{value!r} is not host:port")
+        return value
+
+    @field_validator("tables_uri", "snapshots_uri")
+    @classmethod
+    def _place(cls, value: str) -> str:
+        if urlsplit(value).scheme not in {"", "file", "s3", "s3a"}:
+            raise ValueError(f"{value!r} is not a path, file:// or s3://")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _server(cls, value: SecretStr) -> SecretStr:  # the messages do not repeat it: it may hold a password
+        if urlsplit(value.get_secret_value()).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("it does not begin with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("token")
+    @classmethod
+    def _header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        token = "" if value is None else value.get_secret_value().strip()  # files tend to add a line's end
+        if not token.isascii() or not token.isprintable():
+            raise ValueError("it has a character that no header can hold")
+        return SecretStr(token) if token else None
+
 
 def load_settings(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:  # noqa: ANN401
     """Give the settings of this process.
@@ -92,6 +129,8 @@ def load_settings(environment: Mapping[str, str] | None = None, **overrides: Any
         raise SettingsError(f"unknown setting {', '.join(unknown)}; docs/configuration.md lists them")
     try:
         return Settings(**overrides)
+    except UnreadableSettingError as error:
+        raise SettingsError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:
         problems = "; ".join(
             f"DAS_{'.'.join(str(part) for part in item['loc'])}".upper() + f": {item['msg']}" for item in error.errors()

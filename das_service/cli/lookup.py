@@ -1,12 +1,11 @@
 """`das lookup`: supervision by example_id, as a table, JSON or Parquet."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from das_service.cli.output import AsJson, InputError, Url, say_json, say_table, warn
+from das_service.cli.output import AsJson, InputError, Url, read_text, say_json, say_table, warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,8 +64,7 @@ def lookup(
 
 
 def _read_ids(path: str) -> list[str]:
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _only_fm(fms: list[dict[str, object]], dataset: str) -> list[str]:

@@ -4,9 +4,12 @@ A command prints its result on stdout, as JSON where `--json` asks for it; progr
 a pipe carries the result alone.
 """
 
+import base64
+import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +45,14 @@ class PlainGroup(TyperGroup):
             warn(f"das: {message}")
             raise typer.Exit(code) from None
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as in invoke
+        """Give a command, its help wrapped by the terminal alone: typer keeps a docstring's own line breaks."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            paragraphs = inspect.cleandoc(command.help).split("\n\n")
+            command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        return command
+
 
 def explain(error: Exception) -> tuple[str, int] | None:
     """Give the sentence and the exit code for a failure that can be expected, None for a bug of ours."""
@@ -50,7 +61,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, DasClientError):
         return _explain_refusal(error), REFUSED
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
-        return f"{error.filename}: {error.strerror}", MISUSED
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), MISUSED
     if type(error).__module__.split(".")[0] in {"pyarrow", "json"}:
         return f"the input can't be read: {error}", MISUSED
     code = _EXPECTED.get(f"{type(error).__module__}.{type(error).__name__}")
@@ -100,7 +111,14 @@ def warn(text: str) -> None:
 
 def say_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON spells
     """Print a result for machines."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    typer.echo(json.dumps(value, indent=2, default=_as_json))
+
+
+def _as_json(value: Any) -> str:  # noqa: ANN401
+    """Give what JSON has no type for as the API does: bytes as base64, times as RFC 3339."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
 
 
 def say_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) -> None:
@@ -119,15 +137,26 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: s
     Console().print(table)
 
 
+def read_text(path: str) -> str:
+    """Give a file's text, `-` for stdin.
+
+    Raises:
+        InputError: It is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def read_json_file(path: str) -> dict[str, Any]:
     """Give the JSON object in a file, `-` for stdin.
 
     Raises:
         InputError: It is not one.
     """
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     try:
-        value = json.loads(text)
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, Mapping):

@@ -21,7 +21,10 @@ Folder = Annotated[Path, typer.Option("--folder", help="Where the log, the table
 def up(
     folder: Folder = Path("das-data"),
     port: Annotated[
-        int | None, typer.Option("--port", help="Port of the API; 0 = any that is free. Default: DAS_BIND's, 8000.")
+        int | None,
+        typer.Option(
+            "--port", min=0, max=65_535, help="Port of the API; 0 = any that is free. Default: DAS_BIND's, 8000."
+        ),
     ] = None,
     no_api: Annotated[bool, typer.Option("--no-api", help="Run no API here.")] = False,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Run no FM worker here.")] = False,
@@ -108,6 +111,8 @@ def recover(
 
     Example: das recover --folder das-data
     """
+    from redis.exceptions import RedisError
+
     from das_service.errors import DasError
 
     settings = _start_role(**folder_settings(folder))
@@ -120,6 +125,9 @@ def recover(
     except DasError as error:
         warn(f"das: {error.detail}")
         raise typer.Exit(0 if error.code == "nothing_lost" else REFUSED) from None
+    except (RedisError, OSError) as error:
+        warn(f"das: the server of the logs or the tables' folder can't be used ({error}); run it again when they can")
+        raise typer.Exit(REFUSED) from None
     if as_json:
         say_json(asdict(report))
     else:

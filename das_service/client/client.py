@@ -9,6 +9,7 @@ Every call may be repeated without harm, and is, within its deadline, when the c
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
@@ -22,10 +23,12 @@ from das_service.client.augment import run_augment
 from das_service.client.errors import (
     DasClientError,
     LostRaceError,
+    RowsRefusedError,
     SnapshotRejectedError,
+    count_from,
 )
-from das_service.client.frames import join_keys, own_table, refuse_collision, with_columns
-from das_service.client.http import ATTEMPT_SECONDS, Call, Caller, Clock, parse_problem
+from das_service.client.frames import cut_at_days, join_keys, own_table, refuse_collision, with_columns
+from das_service.client.http import ATTEMPT_SECONDS, Call, Caller, Clock, json_object, parse_problem, path_of
 from das_service.client.ingest import IngestResult, ingest_chunks, parse_ingest_result
 from schemas.wire import ARROW_STREAM, read_table, write_table
 
@@ -33,6 +36,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 IDS_PER_REQUEST = 20_000
 ROWS_PER_AUGMENT = 1_000_000
 AUGMENT_SECONDS = 600.0
+_PIECES_AT_ONCE = 2
 ANSWER_TOO_LARGE = "answer_too_large"
 EmbeddingFormat = Literal["encoded", "float16", "float32"]
 
@@ -41,7 +45,10 @@ class Client:
     """A connection to one service. Threads may share it; close it, or use it in a `with`.
 
     url: of the API, default DAS_API_URL; token: default DAS_TOKEN. timeout_seconds: the longest that one call takes,
-    all its retries included.
+    all its retries included; a piece of augment may take AUGMENT_SECONDS, whatever it is.
+
+    Raises:
+        DasClientError: The url or the token can't be one (codes `bad_url`, `bad_token`).
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class Client:
         self._clock = clock or Clock()
         self._caller = Caller(
             url or os.environ.get("DAS_API_URL") or DEFAULT_URL,
-            token=token or os.environ.get("DAS_TOKEN") or None,
+            token=(token or os.environ.get("DAS_TOKEN") or "").strip() or None,
             timeout_seconds=timeout_seconds,
             transport=transport,
             clock=self._clock,
@@ -85,11 +92,11 @@ class Client:
         Raises:
             ConflictError: Another declaration is stored; `problem["differences"]` says where they differ.
         """
-        return self._json("PUT", f"/v1/datasets/{dataset}", json=dict(spec))
+        return self._json("PUT", path_of("datasets", dataset), json=dict(spec))
 
     def get_dataset(self, dataset: str) -> dict[str, Any]:
         """Give a dataset's declaration."""
-        return self._json("GET", f"/v1/datasets/{dataset}")
+        return self._json("GET", path_of("datasets", dataset))
 
     def list_datasets(self) -> list[dict[str, Any]]:
         """Give the declared datasets."""
@@ -122,14 +129,14 @@ class Client:
             waiting = timeout_seconds
         call = Call(
             method="POST",
-            path=f"/v1/datasets/{dataset}/examples",
+            path=path_of("datasets", dataset, "examples"),
             params=params,
             headers={"Content-Type": ARROW_STREAM, "Accept": "application/json"},
             content=write_table(table),
             attempt_seconds=ATTEMPT_SECONDS + waiting,
         )
         answer = self._caller.send(call, timeout_seconds=self._caller.timeout_seconds + waiting)
-        return parse_ingest_result(answer.json())
+        return parse_ingest_result(json_object(answer))
 
     def ingest_batches(
         self,
@@ -181,12 +188,12 @@ class Client:
         request = _lookup_table(example_ids, event_times)
         call = Call(
             method="POST",
-            path=f"/v1/datasets/{dataset}/supervision/lookup",
+            path=path_of("datasets", dataset, "supervision", "lookup"),
             params=_supervision_params(fms, outputs, embedding_format, max_freshness_gap_seconds),
             headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
         )
         answers = list(self._iter_answers(call, request))
-        return answers[0] if len(answers) == 1 else pa.concat_tables(answers).unify_dictionaries()
+        return _one_table(answers)
 
     def augment(
         self,
@@ -215,7 +222,7 @@ class Client:
         request = join_keys(table)
         call = Call(
             method="POST",
-            path=f"/v1/datasets/{dataset}/supervision/augment",
+            path=path_of("datasets", dataset, "supervision", "augment"),
             params={
                 **_supervision_params(fms, outputs, embedding_format, max_freshness_gap_seconds),
                 "columns": "supervision",
@@ -223,16 +230,26 @@ class Client:
             headers={"Content-Type": ARROW_STREAM, "Accept": ARROW_STREAM},
             attempt_seconds=AUGMENT_SECONDS,
         )
-        answers = []
-        for start in range(0, max(1, request.num_rows), ROWS_PER_AUGMENT):
-            rows = request.slice(start, ROWS_PER_AUGMENT).combine_chunks()  # a chunk is a batch, and they are counted
-            piece = replace(call, content=write_table(rows))
-            answers.append(read_table(self._caller.send(piece, timeout_seconds=AUGMENT_SECONDS).content))
-            refuse_collision(table, answers[0].schema.names)
-            if on_progress is not None:
-                on_progress(min(start + ROWS_PER_AUGMENT, request.num_rows))
-        added = answers[0] if len(answers) == 1 else pa.concat_tables(answers).unify_dictionaries()
-        return with_columns(table, added)
+
+        def send(first_row: int, rows: pa.Table) -> pa.Table:
+            piece = replace(
+                call, content=write_table(rows.combine_chunks())
+            )  # a chunk is a batch, and they are counted
+            try:
+                answer = self._caller.send(piece, timeout_seconds=AUGMENT_SECONDS)
+            except RowsRefusedError as error:
+                raise count_from(error, first_row) from None
+            return read_table(answer.content)
+
+        pieces = cut_at_days(request, most_rows=ROWS_PER_AUGMENT)
+        answers: list[pa.Table] = []
+        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="augment") as threads:
+            for (start, rows), answer in zip(pieces, threads.map(send, *zip(*pieces, strict=True)), strict=True):
+                answers.append(answer)
+                refuse_collision(table, answer.schema.names)
+                if on_progress is not None:
+                    on_progress(start + rows.num_rows)
+        return with_columns(table, _one_table(answers))
 
     def augment_files(
         self,
@@ -286,15 +303,15 @@ class Client:
 
     def put_fm(self, dataset: str, fm: str, *, required: bool = True) -> dict[str, Any]:
         """Declare an FM. required: its unscored examples stay in the log, and count as unfinished."""
-        return self._json("PUT", f"/v1/datasets/{dataset}/fms/{fm}", json={"required": required})
+        return self._json("PUT", path_of("datasets", dataset, "fms", fm), json={"required": required})
 
     def get_fm(self, dataset: str, fm: str) -> dict[str, Any]:
         """Give an FM: required, outputs, active snapshot."""
-        return self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}")
+        return self._json("GET", path_of("datasets", dataset, "fms", fm))
 
     def list_fms(self, dataset: str) -> list[dict[str, Any]]:
         """Give the FMs of a dataset."""
-        return list(self._json("GET", f"/v1/datasets/{dataset}/fms")["fms"])
+        return list(self._json("GET", path_of("datasets", dataset, "fms"))["fms"])
 
     def register_snapshot(self, dataset: str, fm: str, *, snapshot_id: str, uri: str, sha256: str) -> dict[str, Any]:
         """Register a snapshot that lies under DAS_SNAPSHOTS_URI, so that a worker validates it.
@@ -302,15 +319,15 @@ class Client:
         sha256: the hex SHA-256 of its snapshot.json.
         """
         body = {"snapshot_id": snapshot_id, "uri": uri, "sha256": sha256}
-        return self._json("POST", f"/v1/datasets/{dataset}/fms/{fm}/snapshots", json=body)
+        return self._json("POST", path_of("datasets", dataset, "fms", fm, "snapshots"), json=body)
 
     def get_snapshot(self, dataset: str, fm: str, snapshot_id: str) -> dict[str, Any]:
         """Give a snapshot: state, reasons, trained_through."""
-        return self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}/snapshots/{snapshot_id}")
+        return self._json("GET", path_of("datasets", dataset, "fms", fm, "snapshots", snapshot_id))
 
     def list_snapshots(self, dataset: str, fm: str) -> list[dict[str, Any]]:
         """Give an FM's snapshots in the order of their registration."""
-        return list(self._json("GET", f"/v1/datasets/{dataset}/fms/{fm}/snapshots")["snapshots"])
+        return list(self._json("GET", path_of("datasets", dataset, "fms", fm, "snapshots"))["snapshots"])
 
     def wait_for_snapshot(
         self, dataset: str, fm: str, snapshot_id: str, *, timeout_seconds: float = 300.0, poll_seconds: float = 0.25
@@ -344,8 +361,8 @@ class Client:
 
     def active(self, dataset: str, fm: str) -> tuple[str | None, str | None]:
         """Give the id of the active snapshot, None before the first, and the ETag for activate_snapshot."""
-        answer = self._caller.send(Call(method="GET", path=f"/v1/datasets/{dataset}/fms/{fm}/active"))
-        return answer.json().get("snapshot_id"), answer.headers.get("ETag")
+        answer = self._caller.send(Call(method="GET", path=path_of("datasets", dataset, "fms", fm, "active")))
+        return json_object(answer).get("snapshot_id"), answer.headers.get("ETag")
 
     def activate_snapshot(
         self, dataset: str, fm: str, snapshot_id: str, *, if_match: str | None = None
@@ -361,9 +378,8 @@ class Client:
         etag = if_match if if_match is not None else self.active(dataset, fm)[1]
         headers = {"If-Match": etag} if etag else {}
         try:
-            return self._json(
-                "PUT", f"/v1/datasets/{dataset}/fms/{fm}/active", json={"snapshot_id": snapshot_id}, headers=headers
-            )
+            path = path_of("datasets", dataset, "fms", fm, "active")
+            return self._json("PUT", path, json={"snapshot_id": snapshot_id}, headers=headers)
         except LostRaceError:
             if if_match is None and self.active(dataset, fm)[0] == snapshot_id:
                 return {"snapshot_id": snapshot_id}  # our own first try, whose answer was lost
@@ -382,13 +398,13 @@ class Client:
 
     def dead_letters(self, dataset: str, fm: str, *, limit: int = 100) -> list[dict[str, Any]]:
         """Give the examples that an FM failed on, with the reasons."""
-        answer = self._json("GET", f"/v1/datasets/{dataset}/dead-letters", params={"fm": fm, "limit": limit})
+        answer = self._json("GET", path_of("datasets", dataset, "dead-letters"), params={"fm": fm, "limit": limit})
         return list(answer["dead_letters"])
 
     def replay_dead_letters(self, dataset: str, fm: str, *, example_ids: Iterable[str] | None = None) -> dict[str, Any]:
         """Let an FM try its dead letters again, all or those of example_ids, and give how many."""
         body = {"fm": fm} if example_ids is None else {"fm": fm, "example_ids": list(example_ids)}
-        return self._json("POST", f"/v1/datasets/{dataset}/dead-letters/replay", json=body)
+        return self._json("POST", path_of("datasets", dataset, "dead-letters", "replay"), json=body)
 
     def _json(
         self,
@@ -400,7 +416,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         call = Call(method=method, path=path, json=json, params=params or {}, headers=headers or {})
-        return dict(self._caller.send(call).json())
+        return json_object(self._caller.send(call))
 
 
 def _supervision_params(
@@ -412,6 +428,13 @@ def _supervision_params(
     if max_gap is not None:
         params["max_freshness_gap_seconds"] = max_gap
     return params
+
+
+def _one_table(answers: Sequence[pa.Table]) -> pa.Table:
+    """Give the answers as one; columns of an FM whose first snapshot was validated in between are null before that."""
+    if len(answers) == 1:
+        return answers[0]
+    return pa.concat_tables(answers, promote_options="default").unify_dictionaries()
 
 
 def _lookup_table(example_ids: Any, event_times: Any) -> pa.Table:  # noqa: ANN401

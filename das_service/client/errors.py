@@ -1,7 +1,7 @@
 """What a client raises: one family, told apart by what the caller can do about it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -95,6 +95,20 @@ def problem_error(status: int, problem: Mapping[str, Any]) -> DasClientError:
         retryable=bool(problem.get("retryable", kind is UnavailableError)),
         problem=problem,
     )
+
+
+def count_from(error: DasClientError, first_row: int) -> DasClientError:
+    """Give the refusal of a piece of a table with its rows counted from the table's first; itself where none is named.
+
+    first_row: of the piece, in the table.
+    """
+    found = parse_row_errors(error.problem) if error.code == "invalid_rows" else ()
+    if first_row == 0 or not found:
+        return error
+    moved = [replace(each, row=each.row + first_row) for each in found]
+    told = "; ".join(f"{each.column}: {each.message}, the first is row {each.row}" for each in moved)
+    problem = {**error.problem, "detail": told, "errors": [asdict(each) for each in moved]}
+    return problem_error(error.status or 0, problem)
 
 
 def parse_row_errors(body: Mapping[str, Any]) -> tuple[RowError, ...]:

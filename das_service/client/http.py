@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
-from das_service.client.errors import DasClientError, UnreachableError, problem_error
+from das_service.client.errors import DasClientError, NotFoundError, UnreachableError, problem_error
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
@@ -58,10 +59,10 @@ class Caller:
         transport: httpx.BaseTransport | None,
         clock: Clock,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = _checked_url(url)
         self.timeout_seconds = timeout_seconds
         self._clock = clock
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {_checked_token(token)}"} if token else {}
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
         self._http = httpx.Client(base_url=self.url, headers=headers, transport=transport, limits=limits)
 
@@ -122,15 +123,65 @@ class Caller:
 
     def _unreachable(self, error: httpx.TransportError) -> UnreachableError:
         what = str(error) or type(error).__name__
-        return UnreachableError(f"no answer from {self.url}: {what}", code="unreachable", retryable=True)
+        can_help = not isinstance(error, httpx.LocalProtocolError)  # what we may not send at all
+        return UnreachableError(f"no answer from {self.url}: {what}", code="unreachable", retryable=can_help)
 
 
-def parse_problem(response: httpx.Response) -> dict[str, Any]:
-    """Give the JSON object of an error answer, empty where its body is something else."""
+def _checked_url(url: str) -> str:
+    """Give the address of a service without a slash at its end.
+
+    Raises:
+        DasClientError: bad_url.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise DasClientError(f"{url!r} is no address of a service, such as http://127.0.0.1:8000", code="bad_url")
+    return url.rstrip("/")
+
+
+def _checked_token(token: str) -> str:
+    """Give a token that a header can hold.
+
+    Raises:
+        DasClientError: bad_token; the message does not repeat it.
+    """
+    if not token.isascii() or not token.isprintable():
+        raise DasClientError("the token (DAS_TOKEN) has a character that no header can hold", code="bad_token")
+    return token
+
+
+def path_of(*parts: str) -> str:
+    """Give the path of what is named so, whatever characters the names have.
+
+    Raises:
+        NotFoundError: A name would end a part of the path: nothing can have it.
+    """
+    for part in parts:
+        if "/" in part or part in {"", ".", ".."}:
+            raise NotFoundError(f"nothing is named {part!r}", code="not_found")
+    return "/v1/" + "/".join(quote(part, safe="", errors="replace") for part in parts)
+
+
+def json_object(response: httpx.Response) -> dict[str, Any]:
+    """Give the JSON object of an answer.
+
+    Raises:
+        DasClientError: bad_answer: it is something else, so somebody else answered.
+    """
     with contextlib.suppress(ValueError):
         body = response.json()
         if isinstance(body, dict):
             return body
+    raise DasClientError(f"{response.url} did not answer as the service does: is the address right?", code="bad_answer")
+
+
+def parse_problem(response: httpx.Response) -> dict[str, Any]:
+    """Give the JSON object of an error answer, empty where its body is something else."""
+    with contextlib.suppress(DasClientError):
+        return json_object(response)
     return {}
 
 

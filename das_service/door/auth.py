@@ -57,7 +57,7 @@ def load_tokens(settings: Settings) -> Tokens:
             raise SettingsError(f"DAS_TOKENS_FILE {settings.tokens_file}: {reason}") from None
         if not records:
             raise SettingsError(f"DAS_TOKENS_FILE {settings.tokens_file} has no token")
-    if settings.token is not None and settings.token.get_secret_value():
+    if settings.token is not None:
         digest = hashlib.sha256(settings.token.get_secret_value().encode()).hexdigest()
         records.append(_TokenRecord(name="DAS_TOKEN", sha256=digest, scopes=SCOPES))
     return Tokens(tuple(records))

@@ -83,9 +83,10 @@ def _difference(column: str, problem: str, message: str) -> dict[str, str]:
     return {"column": column, "problem": problem, "message": message}
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Give whether a column of this type holds strings, in whatever layout."""
     if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type) and not pa.types.is_dictionary(kind.value_type)
+        return is_text(kind.value_type) and not pa.types.is_dictionary(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
@@ -98,7 +99,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _id_problem(kind: pa.DataType) -> str | None:
-    return None if _is_text(kind) else f"it is {kind}; string is wanted"
+    return None if is_text(kind) else f"it is {kind}; string is wanted"
 
 
 def _time_problem(kind: pa.DataType) -> str | None:
@@ -125,7 +126,7 @@ def _feature_problem(feature: Feature, kind: pa.DataType) -> str | None:
         if feature.type == "category_list":
             fits, wanted = _is_list(kind), f"list<{feature.value_type}>"
             value = kind.value_type if fits else kind
-        fits = fits and (_is_text(value) if feature.value_type == "string" else _is_int64(value))
+        fits = fits and (is_text(value) if feature.value_type == "string" else _is_int64(value))
     return None if fits else f"it is {kind}; {wanted} is wanted"
 
 
@@ -187,15 +188,15 @@ def _plain_column(chunks: Sequence[pa.Array], wanted: pa.DataType, budget: Budge
     if not chunks or chunks[0].type == wanted:
         return _one_array(chunks, wanted)
     for chunk in chunks:
-        budget.spend(_expanded_bytes(chunk))
+        budget.spend(expanded_bytes(chunk))
     return _one_array([_without_views(chunk).cast(wanted) for chunk in chunks], wanted)
 
 
-def _expanded_bytes(array: pa.Array) -> int:
+def expanded_bytes(array: pa.Array) -> int:
     """Give the bytes that the values of an array take when each row has its own copy, where the body counts fewer."""
     kind = array.type
     if _is_list(kind):
-        return _expanded_bytes(array.values)
+        return expanded_bytes(array.values)
     if pa.types.is_dictionary(kind):
         valid = array.indices.drop_null()
         places = fixed_width_values(valid, np.dtype(valid.type.to_pandas_dtype()))

@@ -1,6 +1,7 @@
 """What comes before there is a request: uvicorn's protocol, with bounds on a request's head and our own refusals.
 
-uvicorn itself waits for a head for ever and keeps whatever it is sent of one; a body has its bounds in door.py.
+uvicorn itself waits for a head for ever and keeps whatever it is sent of one, and of the trailer after the last chunk
+of a body; a body has its bounds in door.py. And it keeps an answer for as long as its caller does not read.
 """
 
 import asyncio
@@ -11,16 +12,24 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from das_service.door.problems import problem
 
 MAX_HEAD_BYTES = 64 * 1024
+SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection. A head must be whole within head_seconds of its first byte (of the connection, the first one)."""
+    """One connection. A head must be whole within wait_seconds of its first byte (of the connection, the first one).
 
-    def __init__(self, *args: Any, head_seconds: float, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
+    A trailer is left unread, and so is the extension of a chunk; neither may be longer than a head. A caller that takes
+    less of an answer in wait_seconds than SLOWEST_BYTES_PER_SECOND is cut off.
+    """
+
+    def __init__(self, *args: Any, wait_seconds: float, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **kwargs)
-        self._head_seconds = head_seconds
+        self._wait_seconds = wait_seconds
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
+        self._untaken_bytes = 0
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
@@ -30,6 +39,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._end_head()
+        self._end_write()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -38,32 +48,74 @@ class BoundedHttp(HttpToolsProtocol):
         if self._head_timer is None:
             self._begin_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a line of the head; one of a trailer is left out."""
+        if self._head_timer is not None:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Hand the request over."""
         self._end_head()
+        self._unread_bytes = 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._unread_bytes = 0
+        super().on_body(body)
+
     def data_received(self, data: bytes) -> None:
-        """Take what has come; a head that is still not whole may not be long."""
+        """Take what has come; a head that is still not whole may not be long, nor what is neither head nor body."""
+        self._unread_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._head_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, "head_too_large", f"a request's head may have {MAX_HEAD_BYTES} bytes")
+        elif self._unread_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, "trailer_too_large", f"what is no body may have {MAX_HEAD_BYTES} bytes")
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a caller that has not taken what was written."""
+        super().pause_writing()
+        self._begin_write()
+
+    def resume_writing(self) -> None:
+        """Go on: it has taken it."""
+        self._end_write()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
         self._refuse(400, "malformed", msg)
 
     def _begin_head(self) -> None:
-        detail = f"the request's head was not whole within {self._head_seconds:g} s"
+        detail = f"the request's head was not whole within {self._wait_seconds:g} s"
         self._head_bytes = 0
-        self._head_timer = self.loop.call_later(self._head_seconds, self._refuse, 408, "head_timeout", detail)
+        self._head_timer = self.loop.call_later(self._wait_seconds, self._refuse, 408, "head_timeout", detail)
 
     def _end_head(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _begin_write(self) -> None:
+        self._untaken_bytes = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self._wait_seconds, self._cut_slow_reader)
+
+    def _end_write(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _cut_slow_reader(self) -> None:
+        taken = self._untaken_bytes - self.transport.get_write_buffer_size()
+        if taken < self._wait_seconds * SLOWEST_BYTES_PER_SECOND:
+            self.transport.abort()  # close() would keep what is not taken
+        else:
+            self._begin_write()
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
         """Answer, unless an answer is on its way already, and hang up."""

@@ -158,6 +158,7 @@ def columns_of_rows(
     }
     for feature in spec.features:
         if feature.name in present:
+            budget.spend(8 * len(rows))  # a row without the key takes its place too
             values = [row.get(feature.name) for row in rows]
             columns[feature.name] = _COLUMNS[feature.type](values, feature, gathering)
         else:

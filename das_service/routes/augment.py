@@ -1,36 +1,32 @@
 """Joining a trainer's own table with supervision from the offline tables."""
 
-import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import AsyncExitStack
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from das_service.door.auth import Needs
 from das_service.door.columns import augment_differences
 from das_service.door.door import answer_type, data_type
-from das_service.door.json_body import JSON_SHARE
 from das_service.door.openapi import data_body, problems
 from das_service.door.spool import Spool, spooled
 from das_service.door.validation import refuse_differences
-from das_service.errors import InvalidRowsError, TooLargeError
+from das_service.errors import InvalidRowsError
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.routes.supervision import Fms, Gap, OutputNames, names_of, plain_rows
 from das_service.service import Service
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
-from das_service.supervision.answer_size import bytes_per_row, refuse_large_answer
+from das_service.supervision.answer_size import THINNER, bytes_per_row, refuse_large_answer, refuse_large_echo
 from das_service.supervision.augment import Upload, answer_schema, iter_augmented, open_upload
 from das_service.supervision.augment_body import AugmentBody, Echo, parse_augment_json
 from das_service.supervision.join import OfflineJoin, window_rows
 from schemas.wire import ARROW_STREAM, JSON, iter_stream_parts
 
 router = APIRouter(tags=["supervision"])
-_SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 
 _EXAMPLE = {"fms": ["teacher"], "rows": [{"example_id": "a", "event_time": "2024-05-01T12:00:00Z", "label": 1}]}
 _ARROW = "Arrow IPC stream: example_id, event_time, and any columns of the trainer's own; the rest as query parameters."
@@ -101,19 +97,10 @@ class _Answer(StreamingResponse):
     def __init__(self, service: Service, parts: Iterator[bytes], *, media_type: str, held: AsyncExitStack) -> None:
         super().__init__(_in_threads(service, parts, held), media_type=media_type)
         self._held = held
-        self._timeout_seconds = service.settings.body_timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            seconds = max(self._timeout_seconds, len(message.get("body", b"")) / _SLOWEST_BYTES_PER_SECOND)
-            try:
-                async with asyncio.timeout(seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientDisconnect from None  # it does not read: what it holds is others' too
-
         async with self._held:
-            await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, send)
 
 
 async def _in_threads(service: Service, parts: Iterator[bytes], held: AsyncExitStack) -> AsyncIterator[bytes]:
@@ -141,24 +128,34 @@ def _answer(
         refuse_differences(augment_differences(upload.schema, added))
     records = [catalog.fm(dataset, fm) for fm in query.fms]
     if kinds[1] == JSON:
-        num_rows = sum(batch.num_rows for batch in upload.batches())
         max_bytes = service.settings.max_answer_bytes
+        num_rows = sum(batch.num_rows for batch in upload.batches())
         refuse_large_answer(num_rows, records, query, as_json=True, max_bytes=max_bytes)
-        own_bytes = JSON_SHARE * sum(batch.nbytes for batch in upload.batches()) if echo else 0
-        if own_bytes > max_bytes:
-            raise TooLargeError(
-                f"as JSON your own columns would take {own_bytes} bytes and may take {max_bytes}: ask for an Arrow "
-                "answer (Accept), or for columns=supervision",
-                code="answer_too_large",
-            )
-    per_row = max(bytes_per_row(record.outputs, query, as_json=False) for record in records)
+        if echo:
+            refuse_large_echo(upload.batches(), max_bytes=max_bytes)
+    per_row = sum(bytes_per_row(record.outputs, query, as_json=False) for record in records)
     batches = _iter_batches(service, dataset, upload, join, window_rows=window_rows(per_row), echo=echo)
     schema = answer_schema(upload.schema, join, echo=echo)
     if kinds[1] == JSON:
-        rows = [row for batch in batches for row in plain_rows(batch)]
+        rows = [row for batch in batches for row in _own_rows(batch)]
         return _chained(bytes(JSONResponse({"rows": rows}).body), iter(()))
     parts = iter_stream_parts(schema, batches)
     return _chained(next(parts), parts)  # what can go wrong at the start is still an error, and no broken stream
+
+
+def _own_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Give rows as JSON has them.
+
+    Raises:
+        InvalidRowsError: not_json: the caller's columns hold what Python can't say, such as a time in the year 292277.
+    """
+    try:
+        return plain_rows(batch)
+    except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
+        line = str(error).split("\n", 1)[0][:300]
+        raise InvalidRowsError(
+            f"your own columns can't be given back as JSON: {line}; {THINNER}", code="not_json"
+        ) from None
 
 
 def _chained(first: bytes, rest: Iterator[bytes]) -> Generator[bytes, None, None]:

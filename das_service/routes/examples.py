@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type, read_body
@@ -92,7 +93,7 @@ async def post_examples(
         answer, awaited = await _take(request, service, dataset, how, stages)
     status = 202
     if how.wait:
-        answer["scored"] = await _wait(service, dataset, awaited, timeout_seconds)
+        answer["scored"] = await _wait(request, service, dataset, awaited, timeout_seconds)
         status = 200 if answer["scored"] else 202
         stages.end("wait")
     return JSONResponse(answer, status_code=status, headers=stages.headers())
@@ -155,10 +156,18 @@ def _with_holder(service: Service, dataset: str, error: OverloadedError) -> Over
     return OverloadedError(detail, code=error.code, retry_after_seconds=error.retry_after_seconds or 1)
 
 
-async def _wait(service: Service, dataset: str, awaited: list[Awaited], timeout_seconds: float) -> bool:
-    """Give whether the rows got supervision of every required FM in time; not, if too many wait already."""
+async def _wait(
+    request: Request, service: Service, dataset: str, awaited: list[Awaited], timeout_seconds: float
+) -> bool:
+    """Give whether the rows got supervision of every required FM in time; not, if too many wait already.
+
+    Raises:
+        ClientDisconnect: The caller has gone, and leaves its place to others.
+    """
 
     async def look(items: list[Awaited]) -> tuple[list[Awaited], int]:
+        if await request.is_disconnected():
+            raise ClientDisconnect
         return await service.in_wait_thread(still_awaited, service.client, dataset, items)
 
     try:

@@ -2,6 +2,8 @@
 
 import base64
 import math
+from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type, read_body
@@ -24,6 +27,7 @@ from das_service.supervision.lookup_body import LookupBody, parse_lookup_arrow, 
 from schemas.wire import ARROW_STREAM, JSON, write_stream
 
 router = APIRouter(tags=["supervision"])
+_PIECE_BYTES = 1024 * 1024
 
 _EXAMPLE = {"fms": ["teacher"], "example_ids": ["a", "b"], "outputs": ["click"], "embedding_format": "float16"}
 _ARROW = "Arrow IPC stream: example_id, and event_time if known; the rest as query parameters."
@@ -74,13 +78,31 @@ async def post_lookup(
         embedding_format=embedding_format,
         max_freshness_gap_seconds=max_freshness_gap_seconds,
     )
-    with service.permits.hold():
+    with ExitStack() as held:
+        held.enter_context(service.permits.hold())
         body = await read_body(
             request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
         )
         stages.end("read")
         content = await service.in_thread(_answer, service, dataset, body, (kind, wanted), query, stages)
-    return Response(content, media_type=wanted, headers=stages.headers())
+        return _Answer(content, media_type=wanted, headers=stages.headers(), held=held.pop_all())
+
+
+class _Answer(Response):
+    """An answer that is sent as fast as it is read, and keeps the request's permit until then: it takes memory."""
+
+    def __init__(self, content: bytes, *, media_type: str, headers: Mapping[str, str], held: ExitStack) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
+        self._held = held
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        with self._held:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            rest = memoryview(self.body)
+            while len(rest) > _PIECE_BYTES:
+                await send({"type": "http.response.body", "body": rest[:_PIECE_BYTES], "more_body": True})
+                rest = rest[_PIECE_BYTES:]
+            await send({"type": "http.response.body", "body": rest, "more_body": False})
 
 
 def names_of(values: list[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ stream.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,12 @@ from das_service.errors import BadRequestError, InvalidRowsError
 from das_service.supervision.join import Joined, OfflineJoin
 from das_service.supervision.windows import BatchRows, Int64s, as_microseconds, iter_windows
 
-ANSWER_ROWS = 65_536
+ANSWER_ROWS = 16_384
 _MOST_ROWS = 1 << 31
 _MOST_BATCH_BYTES = 256 * 1024 * 1024
+_Reason: TypeAlias = tuple[str, str, str]  # column, code, what it is
+_INEXACT: _Reason = ("event_time", "inexact_time", "is finer than a microsecond; round it first")
+_OUTSIDE: _Reason = ("event_time", "out_of_range", "is outside the years 1 to 9999")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +79,9 @@ def refuse_bad_rows(batches: Iterator[pa.RecordBatch]) -> None:
     """Raise if a row has no id or no time that can be joined on.
 
     Raises:
-        InvalidRowsError: invalid_rows, with the number of rows and the first of them, per reason.
+        InvalidRowsError: invalid_rows, with the number of rows and the first of them, per reason; so do its `errors`.
     """
-    problems: dict[str, tuple[int, int]] = {}
+    problems: dict[_Reason, tuple[int, int]] = {}
     start = 0
     for batch in batches:
         batch.validate(full=True)
@@ -85,22 +89,28 @@ def refuse_bad_rows(batches: Iterator[pa.RecordBatch]) -> None:
         ids, times = batch.column("example_id"), batch.column("event_time")
         for name, column in (("example_id", ids), ("event_time", times)):
             if column.null_count:
-                _note(problems, f"{name} is null", np.asarray(column.is_null()), start)
+                _note(problems, (name, "null", "is null"), np.asarray(column.is_null()), start)
         microseconds = _times(batch, errors)
-        _note(problems, "event_time is finer than a microsecond; round it first", ~errors.good(), start)
+        _note(problems, _INEXACT, ~errors.good(), start)
         outside = (microseconds < FIRST_US) | (microseconds > LAST_US)
-        _note(problems, "event_time is outside the years 1 to 9999", outside & ~np.asarray(times.is_null()), start)
+        _note(problems, _OUTSIDE, outside & ~np.asarray(times.is_null()), start)
         start += batch.num_rows
     if problems:
-        told = "; ".join(f"{what}: {count} rows, the first is row {first}" for what, (count, first) in problems.items())
-        raise InvalidRowsError(told, code="invalid_rows")
+        told = [
+            f"{at} {what}: {count} rows, the first is row {row}" for (at, _, what), (count, row) in problems.items()
+        ]
+        found = [
+            {"row": row, "example_id": None, "column": at, "code": code, "message": f"it {what}: {count} rows"}
+            for (at, code, what), (count, row) in problems.items()
+        ]
+        raise InvalidRowsError("; ".join(told), code="invalid_rows", extra={"errors": found})
 
 
-def _note(problems: dict[str, tuple[int, int]], what: str, rows: np.ndarray, start: int) -> None:
+def _note(problems: dict[_Reason, tuple[int, int]], reason: _Reason, rows: np.ndarray, start: int) -> None:
     places = np.flatnonzero(rows)
     if len(places):
-        count, first = problems.get(what, (0, start + int(places[0])))
-        problems[what] = (count + len(places), first)
+        count, first = problems.get(reason, (0, start + int(places[0])))
+        problems[reason] = (count + len(places), first)
 
 
 def _times(batch: pa.RecordBatch, errors: RowErrors) -> Int64s:

@@ -16,6 +16,7 @@ from das_service.supervision.lookup_body import EventTime, Gap, Names
 from schemas.dataset import TIMESTAMP
 
 Echo = Literal["all", "supervision"]
+_CELL_BYTES = 8
 
 
 class AugmentRow(BaseModel):
@@ -67,6 +68,7 @@ def parse_augment_json(spool: Spool, limits: BodyLimits) -> tuple[Upload, Lookup
         raise TooLargeError(
             f"the body has {len(asked.rows)} rows; a JSON request may have {limits.max_rows}: send Arrow"
         )
+    _refuse_sparse(asked.rows, limits.max_decoded_bytes)
     table = _table(asked.rows)
     upload = Upload(schema=table.schema, source=table)
     refuse_bad_rows(upload.batches())
@@ -77,6 +79,32 @@ def parse_augment_json(spool: Spool, limits: BodyLimits) -> tuple[Upload, Lookup
         max_freshness_gap_seconds=asked.max_freshness_gap_seconds,
     )
     return upload, query, asked.columns
+
+
+def _refuse_sparse(rows: Sequence[AugmentRow], max_bytes: int) -> None:
+    """Refuse rows whose table would be far larger than they are: a key of any row is a column of all of them.
+
+    Raises:
+        TooLargeError: It would.
+    """
+    columns: dict[tuple[int, str], int] = {}
+    num_elements = sum(_note_columns(row.model_extra or {}, 0, columns) for row in rows)
+    num_bytes = _CELL_BYTES * len(columns) * (len(rows) + num_elements)
+    if num_bytes > max_bytes:
+        raise TooLargeError(
+            f"the rows have {len(columns)} columns of their own: as a table they take {num_bytes} bytes and may take "
+            f"{max_bytes}; send fewer columns or rows, or Arrow"
+        )
+
+
+def _note_columns(value: object, parent: int, columns: dict[tuple[int, str], int]) -> int:
+    """Number the columns that a value makes, by the one it lies in; give how many elements its lists have."""
+    if isinstance(value, dict):
+        places = [(columns.setdefault((parent, name), len(columns) + 1), item) for name, item in value.items()]
+        return sum(_note_columns(item, place, columns) for place, item in places)
+    if isinstance(value, list):
+        return len(value) + sum(_note_columns(item, parent, columns) for item in value)
+    return 0
 
 
 def _table(rows: Sequence[AugmentRow]) -> pa.Table:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import redis
 
-from das_service.beats import BEAT_SECONDS, Observer, Peer, beat, forget
+from das_service.beats import BEAT_SECONDS, Observer, Peer, beat, forget, reachable_url
 from das_service.errors import DasError, DiskReserveError, OverloadedError, UnavailableError
 from das_service.folder import Folder, free_bytes
 from das_service.logs.backlog import DatasetBacklog, log_kinds, read_backlog, read_oldest
@@ -164,9 +164,11 @@ class Monitor:
 
     def _beat_until_stopped(self) -> None:
         count = 0
+        host, _, port = self._settings.bind.rpartition(":")
+        probe_url = reachable_url(host, int(port)) if int(port) else self._settings.api_url
+        info = {"restarts": self._settings.restarts, "probe_url": probe_url}
         while True:
             count += 1
-            info = {"restarts": self._settings.restarts, "probe_url": self._settings.api_url}
             try:
                 beat(self._probe, self._instance, role="api", count=count, info=info)
             except (*UNREACHABLE, redis.exceptions.ResponseError):

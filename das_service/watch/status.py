@@ -161,7 +161,7 @@ def _fm_status(catalog: Catalog, dataset: str, record: FmRecord, look: _Look, no
     active = catalog.snapshots.get(dataset, {}).get(fm, {}).get(record.active or "")
     scored_mark, dead_mark = look.marks[scored_log(fm)], look.marks[dead_log(fm)]
     scored, diverted = scored_mark.rows, scored_mark.diverted + dead_mark.diverted
-    failed = max(0, dead_mark.rows - scored_mark.mended)
+    failed = max(0, dead_mark.rows - dead_mark.mended - scored_mark.mended)
     pending = look.waiting[scored_log(fm)].rows + look.waiting[dead_log(fm)].rows + work.rows
     planned = look.num_planned(fm)
     if planned == NOT_COUNTED:  # what was lost is not known yet: it is among what has no outcome

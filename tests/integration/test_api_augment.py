@@ -347,6 +347,45 @@ def test_a_bad_row_in_the_last_of_many_batches_is_told_before_the_answer_starts(
     is_served(scored, spools)
 
 
+def repeated(value: str, times: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int8()), pa.array([value]))
+
+
+LONG = repeated("x" * 1_000_000, 20)
+SHARING: list[tuple[str, pa.Array, int, str]] = [
+    ("dictionary", LONG, 413, "answer_too_large"),
+    ("dictionaries in objects", pa.StructArray.from_arrays([LONG], ["text"]), 413, "answer_too_large"),
+    ("nulls in a list", pa.ListArray.from_arrays([0, 3_000_000] + [3_000_000] * 19, pa.nulls(3_000_000)), 413,
+     "answer_too_large"),
+    ("runs", pa.RunEndEncodedArray.from_arrays([20], ["x"]), 422, "not_json"),
+    ("list views", pa.array([[1]] * 20, pa.list_view(pa.int64())), 422, "not_json"),
+    ("numbers in a dictionary", pa.array([0.5] * 20).dictionary_encode(), 422, "not_json"),
+    ("a key twice", pa.StructArray.from_arrays([pa.array([1] * 20)] * 2, ["a", "a"]), 422, "not_json"),
+    ("year 292277", pa.array([2**62] * 20, pa.timestamp("us")), 422, "not_json"),
+    ("zone nowhere", pa.array([0] * 20, pa.timestamp("us", "No/Where")), 422, "not_json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "status", "code"), [s[1:] for s in SHARING], ids=[s[0] for s in SHARING])
+def test_columns_that_json_can_not_give_back_are_told_and_come_back_as_arrow(
+    scored: Api, spools: Path, column: pa.Array, status: int, code: str
+) -> None:
+    table = mine(["e3"] * 20, own=column)
+
+    assert_problem(post(scored, table, headers={"Accept": JSON}), status, code, "Arrow", "columns=supervision")
+    assert post(scored, table, headers={"Accept": JSON}, columns="supervision").status_code == 200
+    assert augmented(scored, table)["own"].combine_chunks().equals(column)
+    is_served(scored, spools)
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: {"more": [own]}], ids=["rows", "objects"])
+def test_json_rows_with_a_key_of_its_own_each_are_413(scored: Api, spools: Path, wrap: Any) -> None:
+    keys = ({"example_id": "e1", "event_time": "2026-03-01T12:00:00Z", **wrap({f"k{i}": None})} for i in range(6_000))
+
+    assert_problem(post_json(scored, rows=list(keys)), 413, "too_large", "columns of their own")
+    is_served(scored, spools)
+
+
 NAMES: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("unknown fm", {"fms": "f,nope"}, 404, "unknown_fm", "nope"),
     ("no fm", {"fms": ""}, 422, "invalid_body", "fms"),

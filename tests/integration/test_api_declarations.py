@@ -335,6 +335,19 @@ def test_dead_letters_are_listed_before_the_sink_has_them(api: Api, stand: Stand
     assert api.http.get("/v1/datasets/ads/dead-letters", params={"fm": "nobody"}).status_code == 404
 
 
+def test_once_there_are_enough_dead_letters_no_further_log_is_read(api: Api, stand: Stand, store: redis.Redis) -> None:
+    stand.validate()
+    api.post(examples(0, 50))
+    stand.work(fail=True)
+    api.http.app_state["service"].monitor.stop()  # it reads logs too
+    store.config_resetstat()
+
+    few = api.http.get("/v1/datasets/ads/dead-letters", params={"fm": "f", "limit": 3}).json()["dead_letters"]
+
+    assert len(few) == 3
+    assert store.info("commandstats")["cmdstat_xrange"]["calls"] == 1
+
+
 def test_replaying_no_dead_letters_is_no_error(api: Api, stand: Stand) -> None:
     stand.validate()
 

@@ -1,12 +1,15 @@
 """Taking examples in: what is answered, what lies in the log, and that repeats change nothing."""
 
 import asyncio
+import json
+import socket
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -16,10 +19,12 @@ from das_service.door.door import read_body
 from das_service.door.validation import validate_json
 from das_service.routes import examples as routes
 from das_service.scored_wait import Awaited
+from das_service.settings import Settings
 from schemas import keys
 from schemas.entries import parse_entry
 from schemas.wire import ARROW_STREAM
-from tests.served import NOON, Api, Stand, arrow_body, examples, examples_table
+from tests.served import NOON, Api, Stand, arrow_body, examples, examples_table, serve_over_tcp
+from tests.spools import wait_until
 
 
 def _ids(rows: list[dict[str, object]]) -> list[object]:
@@ -228,6 +233,33 @@ def test_waiting_ends_with_the_last_row_that_is_settled_and_says_that_one_failed
 
     assert (answer.status_code, answer.json()["scored"]) == (202, False)
     assert len(looks) == 1
+
+
+def test_a_wait_ends_as_soon_as_its_rows_are_dead_lettered(api: Api, stand: Stand) -> None:
+    stand.validate()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.post, examples(0, 10), wait="scored", timeout_seconds=60)
+        num_failed, deadline = 0, time.monotonic() + 20
+        while num_failed < 10:
+            num_failed += stand.work(fail=True)
+            assert time.monotonic() < deadline
+        answer = waiting.result(20)
+
+    assert (answer.status_code, answer.json()["scored"], answer.json()["accepted"]) == (202, False, 10)
+
+
+def test_a_caller_that_hangs_up_does_not_wait_any_longer(api: Api, settings: Settings) -> None:
+    api.declare_fm()
+    body = json.dumps(examples(0, 1)).encode()
+    head = (
+        "POST /v1/datasets/ads/examples?wait=scored&timeout_seconds=60 HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with serve_over_tcp(settings) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(head.encode() + body)
+            wait_until(lambda: len(api.logged_rows()) == 1)
+        wait_until(lambda: 'code="499"' in httpx.get(f"http://127.0.0.1:{port}/metrics").text)
 
 
 def test_a_wait_holds_neither_the_body_nor_the_rows(api: Api, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

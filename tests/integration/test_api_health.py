@@ -1,6 +1,7 @@
 """Readiness names what is wrong; a server that lost data, or may lose it, gets nothing."""
 
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,17 @@ import redis
 from das_service.beats import forget
 from das_service.folder import Folder
 from das_service.logs.records import Mark, write_mark
+from das_service.metrics import Metrics
 from das_service.redis_client import run_script
 from das_service.registry import Registry
+from das_service.role import RoleContext, _start_probe
 from das_service.settings import Settings
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import Position
 from tests.conftest import Server, make_settings
 from tests.served import SPEC, Api, Stand, beat_as, examples, serve
+from tests.spools import wait_until
 
 
 def problems(api: Api) -> list[str]:
@@ -99,6 +103,39 @@ def test_the_api_says_that_it_lives_and_goodbye(api: Api, store: redis.Redis) ->
     api.http.app_state["service"].monitor.stop()
 
     assert store.hgetall(keys.BEATS) == {}
+
+
+@pytest.mark.parametrize(
+    ("bind", "url"),
+    [
+        ("0.0.0.0:9000", f"http://{socket.gethostname()}:9000"),
+        ("[::]:9000", f"http://{socket.gethostname()}:9000"),
+        ("10.1.2.3:9000", "http://10.1.2.3:9000"),
+        ("0.0.0.0:0", "http://api:8000"),
+    ],
+)
+def test_a_process_bound_to_all_addresses_is_named_by_its_host(settings: Settings, bind: str, url: str) -> None:
+    changes = {"bind": bind, "api_url": "http://api:8000"}
+    with serve(settings.model_copy(update=changes)) as api:
+
+        def urls() -> list[str]:
+            api.look()
+            return [role["probe_url"] for role in api.http.get("/v1/status").json()["roles"]]
+
+        wait_until(lambda: urls() != [])
+        assert urls() == [url]
+
+
+def test_the_probe_of_a_background_role_is_named_by_its_host_too(settings: Settings, store: redis.Redis) -> None:
+    everywhere = settings.model_copy(update={"probe_bind": "0.0.0.0:0"})
+    context = RoleContext(everywhere, role="sink", instance="sink-1", client=store, metrics=Metrics("sink"))
+
+    server = _start_probe(context, list)
+    try:
+        assert context.probe_url == f"http://{socket.gethostname()}:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_what_a_supervisor_says_of_its_processes_is_preferred(api: Api, store: redis.Redis) -> None:

@@ -1,5 +1,6 @@
 """Callers who mean harm or know no better: each gets a problem document with the right status; others are served."""
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from das_service.up.embedded import find_server, free_port
 from schemas.wire import ARROW_STREAM, JSON, PROBLEM_JSON
 from tests.conftest import Server, make_settings
 from tests.served import SPEC, Api, arrow_body, examples, serve, serve_over_tcp
+from tests.spools import wait_until
 
 EXAMPLES = "/v1/datasets/ads/examples"
 LOOKUP = "/v1/datasets/ads/supervision/lookup"
@@ -279,6 +281,62 @@ def test_chunks_without_a_length_are_413_once_they_are_too_many(port: int) -> No
 
 def test_chunks_that_stop_coming_are_408(port: int) -> None:
     assert told(talk(port, POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\n[")) == (408, "body_timeout")
+
+
+def test_a_trailer_is_left_unread(port: int) -> None:
+    body = b"[" + json.dumps(examples(0, 1)[0]).encode() + b"]"
+    chunks = b"%x\r\n%b\r\n0\r\nContent-Type: text/csv\r\n\r\n" % (len(body), body)
+
+    received = talk(port, POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunks)
+
+    assert received.startswith(b"HTTP/1.1 202 ")
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"0\r\n" + b"x: y\r\n" * 12_000, b"0\r\nx: " + b"y" * 70_000, b"1;" + b"y" * 70_000],
+    ids=["lines", "line", "extension"],
+)
+def test_a_trailer_without_end_is_431(port: int, endless: bytes) -> None:
+    go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert connection.recv(len(go_on)) == go_on
+        connection.sendall(endless)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    assert told(received) == (431, "trailer_too_large")
+
+
+def test_a_trailer_after_an_answer_ends_the_connection_too(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"x: y\r\n" * 10_000_000)
+
+
+def test_a_caller_that_does_not_read_its_answer_is_cut_off_and_has_the_permit_until_then(api: Api) -> None:
+    changes = {"body_timeout_seconds": 1.0, "max_concurrent_requests": 1}
+    body = json.dumps({"fms": ["f"], "example_ids": [f"{i:0256}" for i in range(60_000)]}).encode()
+    head = f"POST {LOOKUP} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serve_over_tcp(api.settings.model_copy(update=changes)) as port, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(head.encode() + body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+        def ask() -> int:
+            return httpx.post(f"http://127.0.0.1:{port}{LOOKUP}", json={"fms": ["f"], "example_ids": []}).status_code
+
+        assert ask() == 429
+        wait_until(lambda: ask() == 200)
+        with contextlib.suppress(ConnectionError):
+            num_bytes = 0
+            while piece := connection.recv(1 << 20):
+                num_bytes += len(piece)
+                assert num_bytes < 60_000 * 256
 
 
 def test_idle_connections_leave_others_their_turn(port: int) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from das_service.client import Client, DasClientError, NotFoundError, TruncatedStreamError
+from das_service.client import Client, DasClientError, NotFoundError, RowsRefusedError, TruncatedStreamError
 from das_service.client import client as client_module
 from das_service.settings import Settings
 from das_service.up.embedded import find_server, free_port
@@ -115,6 +115,25 @@ def test_a_long_table_is_sent_in_pieces_and_comes_back_whole(client: Client, mon
     assert found["f__click__logit"].to_pylist() == [float(i % 12) if i % 12 < 10 else None for i in range(40)]
     assert found["example_id"].to_pylist() == ids
     assert told == [7, 14, 21, 28, 35, 40]
+
+
+def test_rows_that_can_not_be_joined_are_numbered_as_in_the_callers_table(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "ROWS_PER_AUGMENT", 7)
+    times = pa.array([None if i in {16, 18} else NOON for i in range(40)], pa.timestamp("us", "UTC"))
+    table = pa.table({"example_id": [None if i == 15 else "e1" for i in range(40)], "event_time": times})
+
+    with pytest.raises(RowsRefusedError) as refused:
+        client.augment("ads", table, fms=["f"])
+
+    assert [(error.row, error.column, error.code) for error in refused.value.errors] == [
+        (15, "example_id", "null"),
+        (16, "event_time", "null"),
+    ]
+    assert refused.value.detail == (
+        "example_id: it is null: 1 rows, the first is row 15; event_time: it is null: 2 rows, the first is row 16"
+    )
 
 
 def test_a_table_of_many_small_chunks_is_served(client: Client) -> None:

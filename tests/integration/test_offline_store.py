@@ -1,6 +1,7 @@
 """Durable tables on a real folder: fenced commits, torn tails as after a power cut, compaction, growth."""
 
 import datetime as dt
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ from pyarrow import fs
 
 from das_service.folder import Folder
 from das_service.logs.records import read_mark, write_mark
+from das_service.sink import compaction
 from das_service.sink.compaction import compact_step
-from das_service.tables import durable_table
+from das_service.tables import durable_table, offline_store
 from das_service.tables.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
 from das_service.tables.offline_store import CHECKPOINT_COMMITS, TablePlace, TableReader, table_place
 from schemas.dataset import TIMESTAMP
@@ -107,6 +109,49 @@ def test_the_position_of_the_latest_epoch_counts(folder: Folder, table: DurableT
     assert again.state.positions == {0: Position(epoch=2, seq=0), 1: Position(epoch=1, seq=7)}
 
 
+def test_files_of_a_commit_that_finds_the_disk_full_are_removed(
+    table: DurableTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = offline_store.fsync_path, iter(range(100))
+
+    def full(path: Path) -> None:
+        if next(calls) == 3:  # of the second event day's file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path)
+
+    table.commit(rows(0, 9, days=3), at(0))
+    before = sorted(path_of(table).glob("event_day=*/*"))
+    monkeypatch.setattr(offline_store, "fsync_path", full)
+    with pytest.raises(OSError, match="No space left"):
+        table.commit(rows(9, 18, days=3), at(1))
+    assert sorted(path_of(table).glob("event_day=*/*")) == before
+
+
+def test_a_copy_that_compaction_could_not_finish_is_removed(
+    table: DurableTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        table.commit(rows(10 * i, 10 * i + 10), at(i))
+    before = sorted(path_of(table).glob("event_day=*/*"))
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compaction, "fsync_path", full)
+    with pytest.raises(OSError, match="No space left"):
+        compact_step(table, most_small_files=2, target_bytes=1 << 20)
+    assert sorted(path_of(table).glob("event_day=*/*")) == before
+
+
+def test_a_process_that_knows_an_older_epoch_than_the_mark_can_not_open_the_table(
+    folder: Folder, table: DurableTable
+) -> None:
+    table.commit(rows(0, 10), at(7, epoch=2))
+    with pytest.raises(LostOwnershipError, match="epoch 2"):
+        table.open(epoch=1)
+    assert table_of(folder, epoch=2).state.positions == at(7, epoch=2)
+
+
 @pytest.mark.parametrize("moved", [at(0), {}], ids=["same positions", "no positions"])
 def test_a_table_object_that_is_stale_can_not_commit(
     folder: Folder, table: DurableTable, moved: dict[int, Position]
@@ -121,6 +166,25 @@ def test_a_table_object_that_is_stale_can_not_commit(
     with pytest.raises(LostOwnershipError):
         stale.commit(rows(0, 10), moved)
     assert (ids(folder), table_of(folder).state.positions) == (names(0, 200), at(19))
+
+
+def test_a_mark_does_not_go_back_when_a_stopped_owner_goes_on(
+    folder: Folder, table: DurableTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = durable_table.fsync_commits
+
+    def stopped(*args: Any) -> None:
+        monkeypatch.setattr(durable_table, "fsync_commits", whole)
+        heir = table_of(folder)
+        heir.commit(rows(10, 20), at(1))
+        whole(*args)
+
+    monkeypatch.setattr(durable_table, "fsync_commits", stopped)
+    with pytest.raises(LostOwnershipError, match="is marked"):
+        table.commit(rows(0, 10), at(0))
+    mark = read_mark(folder, "ads", "examples")
+    assert mark is not None
+    assert (mark.positions, mark.rows, ids(folder)) == (at(1), 20, names(0, 20))
 
 
 def test_a_stale_table_object_can_not_compact(folder: Folder, table: DurableTable) -> None:

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from das_service import client as client_module
@@ -26,14 +29,15 @@ SPEC = {
     "dataset": "ads", "partitions": 4, "tasks": [{"name": "click"}],
     "features": [{"name": "price", "type": "float"}],
 }  # fmt: skip
-COMMANDS = [
-    ("up",), ("api",), ("worker",), ("sink",), ("demo",), ("ingest",), ("lookup",), ("status",), ("recover",),
-    ("compact",), ("dataset", "put"), ("dataset", "get"), ("dataset", "list"), ("fm", "put"), ("fm", "list"),
-    ("fm", "show"), ("snapshot", "publish"), ("snapshot", "register"), ("snapshot", "list"), ("snapshot", "show"),
-    ("snapshot", "activate"), ("snapshot", "rollback"), ("dead-letters", "list"), ("dead-letters", "replay"),
-]  # fmt: skip
 
 
+def commands_of(group: Any, *names: str) -> list[tuple[str, ...]]:
+    """Give every command below a group, by the words that call it."""
+    below = getattr(group, "commands", None)
+    return [names] if below is None else [c for name in below for c in commands_of(below[name], *names, name)]
+
+
+COMMANDS = commands_of(get_command(build_app()))
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -86,10 +90,21 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_teaches_with_an_example(command: tuple[str, ...]) -> None:
+def test_every_command_teaches_with_an_example_of_itself(command: tuple[str, ...]) -> None:
     result = das(*command, "--help")
     assert result.exit_code == 0
-    assert "Example:" in plain(result.stdout)
+    _, _, example = plain(result.stdout).partition("Example: ")
+    assert f"das {' '.join(command)}" in example
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_breaks_lines_where_the_terminal_ends_and_nowhere_else(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    head, _, _ = _COLOURS.sub("", das(*command, "--help").stdout).partition("╭")
+    blank = [not line.strip() for line in head.splitlines()]
+    assert [a or b for a, b in pairwise(blank)] == [True] * (len(blank) - 1)
 
 
 def test_the_command_line_starts_without_the_service() -> None:
@@ -100,6 +115,19 @@ def test_the_command_line_starts_without_the_service() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("up", "--port", "65536"), ("up", "--port", "-1"), ("augment", "a", "b", "--max-freshness-gap-seconds", "inf"),
+        ("augment", "a", "b", "--max-freshness-gap-seconds", "nan"),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_with_the_option(arguments: tuple[str, ...]) -> None:
+    result = das(*arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}'" in plain(result.stderr)
 
 
 # ---- datasets, FMs, snapshots
@@ -134,6 +162,8 @@ def test_a_conflict_shows_the_differences(api: Api) -> None:
         (("dataset", "put", "ads", "-"), "{", "- is not JSON"),
         (("dataset", "put", "ads", "-"), "[]", "- holds no JSON object"),
         (("dataset", "put", "ads", "/nowhere/ads.json"), None, "/nowhere/ads.json: No such file or directory"),
+        (("dataset", "put", "ads", sys.executable), None, "is no text in UTF-8"),
+        (("lookup", "ads", "--ids-file", sys.executable), None, "is no text in UTF-8"),
         (("ingest", "ads", "/nowhere/rows.parquet"), None, "/nowhere/rows.parquet: No such file or directory"),
         (("ingest", "ads", "-", "--format", "csv"), "", "--format csv is not one of parquet, arrow, ndjson"),
         (("ingest", "ads", "-"), '{"price": "x"}', '-, line 1: price is "x", not a number'),
@@ -265,6 +295,21 @@ def test_lookup_writes_parquet(api: Api, tmp_path: Path) -> None:
     result = das("lookup", "ads", "a", "b", "--fm", "f", "--out", str(tmp_path / "out.parquet"))
     assert (result.exit_code, result.stdout) == (0, "")
     assert pq.read_table(tmp_path / "out.parquet")["example_id"].to_pylist() == ["a", "b"]
+
+
+def test_lookup_prints_bytes_and_times_as_the_api_does(api: Api) -> None:
+    scored_at = pa.array([datetime(2026, 3, 1, 12, tzinfo=UTC)], pa.timestamp("us", "UTC"))
+    table = pa.table({"example_id": ["a"], "f__scored_at": scored_at, "f__hidden": pa.array([b"\x00\xff"])})
+    api.answers["POST /v1/datasets/ads/supervision/lookup"] = httpx.Response(200, content=write_table(table))
+    result = das("lookup", "ads", "a", "--fm", "f", "--embedding-format", "encoded", "--json")
+    (row,) = json.loads(result.stdout)
+    assert row == {"example_id": "a", "f__scored_at": "2026-03-01T12:00:00Z", "f__hidden": "AP8="}
+
+
+def test_an_output_file_that_can_not_be_written_is_named(api: Api) -> None:
+    api.answers["POST /v1/datasets/ads/supervision/lookup"] = found
+    result = das("lookup", "ads", "a", "--fm", "f", "--out", "/nowhere/out.parquet")
+    assert (result.exit_code, result.stderr[:5], "/nowhere/out.parquet" in result.stderr) == (2, "das: ", True)
 
 
 def test_lookup_takes_the_only_fm_there_is(api: Api) -> None:

@@ -116,6 +116,56 @@ def query(request: httpx.Request) -> dict[str, list[str]]:
     return {name: request.url.params.get_list(name) for name in request.url.params}
 
 
+# ---- what can't be sent
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://a:b", "ftp://host", "", "http://a\nb"])
+def test_an_address_that_is_none_is_refused_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAS_API_URL", url or "nothing")
+    with pytest.raises(DasClientError, match="no address of a service") as caught:
+        Client()
+    assert (caught.value.code, caught.value.retryable) == ("bad_url", False)
+
+
+@pytest.mark.parametrize("token", ["s\u00e9cret", "sec\nret"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(DasClientError, match="DAS_TOKEN") as caught:
+        Client("http://das", token=token)
+    assert token not in str(caught.value)
+
+
+def test_white_space_around_a_token_is_left_out(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAS_TOKEN", " secret\n")
+    client, service = connect(answer({}))
+    client.status()
+    assert service.requests[0].headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("name", ["ads/status", "..", ".", ""])
+def test_a_name_that_would_lead_elsewhere_names_nothing(connect: Connect, name: str) -> None:
+    client, service = connect(answer({}))
+    for call in (lambda: client.get_dataset(name), lambda: client.get_snapshot("ads", "f", name)):
+        with pytest.raises(NotFoundError, match="nothing is named"):
+            call()
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("name", ["a?b=c", "a#b", "a%2Fb", "\u00e9 \n", "\udcff"])
+def test_a_name_of_odd_characters_is_asked_for_as_it_is(connect: Connect, name: str) -> None:
+    client, service = connect(answer({}))
+    client.get_dataset(name)
+    said = name.encode("utf-8", "replace").decode()
+    assert (service.requests[0].url.path, service.requests[0].url.query) == (f"/v1/datasets/{said}", b"")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[1]", b""])
+def test_an_answer_of_somebody_else_is_told_from_the_services(connect: Connect, body: bytes) -> None:
+    client, _ = connect(httpx.Response(200, content=body))
+    with pytest.raises(DasClientError, match="is the address right") as caught:
+        client.status()
+    assert caught.value.code == "bad_answer"
+
+
 # ---- what is sent
 
 
@@ -317,6 +367,16 @@ def test_a_single_name_is_not_taken_apart(connect: Connect) -> None:
     client, service = connect(lookup_answer)
     assert client.lookup("ads", "c30", fms="f", outputs="click")["example_id"].to_pylist() == ["c30"]
     assert query(service.requests[0]) == {"fms": ["f"], "outputs": ["click"], "embedding_format": ["float16"]}
+
+
+def test_answers_from_before_and_after_an_fms_first_snapshot_are_one_table(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("das_service.client.client.IDS_PER_REQUEST", 1)
+    before = write_table(pa.table({"example_id": ["a"], "f__status": ["pending"]}))
+    after = write_table(pa.table({"example_id": ["b"], "f__status": ["present"], "f__click__logit": [0.5]}))
+    client, _ = connect(httpx.Response(200, content=before), httpx.Response(200, content=after))
+    assert client.lookup("ads", ["a", "b"], fms=["f"])["f__click__logit"].to_pylist() == [None, 0.5]
 
 
 def test_ids_that_are_no_text_are_refused_before_they_are_sent(connect: Connect) -> None:

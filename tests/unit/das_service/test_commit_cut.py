@@ -115,4 +115,10 @@ def test_a_new_epoch_may_begin_below_the_position_of_the_old_one() -> None:
 
 def test_a_read_is_bounded_by_bytes() -> None:
     large = Waiting(entries=100, num_rows=1, num_bytes=100 * (4 << 20))
-    assert (large.entries_per_read(4), large.entries_per_read(1), Waiting().entries_per_read(4)) == (1, 4, 64)
+    small = Waiting(entries=100, num_rows=100, num_bytes=100)
+    assert (large.entries_per_read(4), large.entries_per_read(1), small.entries_per_read(4)) == (1, 4, 64)
+
+
+def test_a_read_of_entries_whose_size_is_not_known_takes_them_for_large_ones() -> None:
+    older = Waiting(entries=1)
+    assert (older.entries_per_read(4), older.entries_per_read(1)) == (1, 4)

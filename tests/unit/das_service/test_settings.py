@@ -29,6 +29,37 @@ def test_a_value_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("BIND", "foo", "'foo' is not host:port"),
+        ("BIND", "1.2.3.4:", "is not host:port"),
+        ("PROBE_BIND", "0.0.0.0:65536", "is not host:port"),
+        ("PROBE_BIND", "a:\u00b2", "is not host:port"),
+        ("TABLES_URI", "gs://bucket/tables", "is not a path, file:// or s3://"),
+        ("SNAPSHOTS_URI", "https://host/x", "is not a path, file:// or s3://"),
+        ("REDIS_URL", "log:secret", "does not begin with redis://"),
+        ("REDIS_URL", "http://:secret@[", "Invalid IPv6 URL"),
+        ("TOKEN", "secr\u00e9t", "has a character that no header can hold"),
+        ("STORAGE_OPTIONS", "{'a': 1}", "storage_options"),
+    ],
+)
+def test_a_value_that_can_not_work_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(f"DAS_{name}", value)
+    with pytest.raises(SettingsError, match=message) as refused:
+        load_settings()
+    assert "secr" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("value", "token"), [("abc\n", "abc"), ("", None), (" \n", None)])
+def test_white_space_around_a_token_is_left_out(monkeypatch: pytest.MonkeyPatch, value: str, token: str | None) -> None:
+    monkeypatch.setenv("DAS_TOKEN", value)
+    found = load_settings().token
+    assert (found and found.get_secret_value()) == token
+
+
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAS_COMMIT_ROWS", "7")
     monkeypatch.setenv("DAS_STORAGE_OPTIONS", '{"region": "eu"}')

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from das_service.door.json_body import parse_examples
 from das_service.door.validation import BodyLimits, ValidRows, validate_arrow, validate_json
-from das_service.errors import InvalidRowsError
+from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.ingest import CHUNK_BYTES, CHUNK_ROWS, encode_chunks, split_by_partition
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema
@@ -105,6 +105,17 @@ def test_null_vectors_and_sliced_tables_keep_their_rows() -> None:
         packed = of_arrow(table).batch.column("image").to_pylist()
         expected = [np.full(4, i, "<f4").tobytes() if i % 3 else None for i in range(5, 15)]
         assert packed == expected
+
+
+def test_json_rows_count_the_columns_that_they_leave_out() -> None:
+    features = [{"name": f"f{i}", "type": "float", "nullable": True} for i in range(300)]
+    spec = DatasetSpec.model_validate({**SPEC, "entity_key": [], "features": features})
+    rows = [{"example_id": f"e{i}", "event_time": "2026-03-01T12:00:00Z"} for i in range(50)]
+    limits = BodyLimits(max_rows=100, max_decoded_bytes=110_000)
+    body = json.dumps([{**rows[0], **{f"f{i}": 0 for i in range(300)}}, *rows[1:]]).encode()
+
+    with pytest.raises(TooLargeError, match="decoded"):
+        validate_json(body, spec, limits=limits, now_us=NOON_US)
 
 
 def test_nan_under_a_null_is_no_fault() -> None:
