@@ -3,13 +3,20 @@
 import contextlib
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
+
+from das_service.errors import UnavailableError
+
+LOCK_WAIT_SECONDS = 30.0
+_LOCK_POLL_SECONDS = 0.01
 
 
 def local_path(uri: str) -> Path | None:
@@ -50,12 +57,28 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that all processes of this machine respect, on a file that stays."""
+def locked(path: Path, *, wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+    """Hold a lock that all processes of this machine respect, on a file that stays.
+
+    Raises:
+        UnavailableError: Somebody else, who was stopped or hangs, holds it for longer than wait_seconds.
+    """
     make_directory(path.parent)
     with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        deadline = time.monotonic() + wait_seconds
+        while not _has_locked(handle):
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"another process has held {path} for {wait_seconds:g} s: end it if it hangs")
+            time.sleep(_LOCK_POLL_SECONDS)
         yield
+
+
+def _has_locked(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -5,7 +5,8 @@ then goes on with the new one. What was acknowledged and is in neither is given 
 FM's outcomes may be missing of is written down; the sink looks them up and feeds them (sink/rescore_plan.py).
 
 Order: registry, server, reaches, and last logs.json, whose epoch makes the logs usable again. Until then every role
-refuses them, so that recovery may be cut anywhere and run again.
+refuses them, so that recovery may be cut anywhere and run again. Of two at once, in whatever kind of store, one raises
+the epoch that both saw, and the other gives up.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from das_service.logs.streams import (
     LogCounters,
     LogProblem,
     check_logs,
+    raise_generation,
     read_counters,
     show_planned,
 )
@@ -43,6 +45,8 @@ from das_service.sink.rescore_plan import Loss, Reach, write_loss
 from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.entries import Position, parse_position
+
+_REPORT_ENTRIES = 16  # read at once, whole: each may have 4 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,7 @@ def recover(settings: Settings) -> Report:
     """Begin a later epoch of every dataset whose logs are lost or rewound, and give what was found.
 
     Raises:
-        ConflictError: Nothing is lost (nothing_lost).
+        ConflictError: Nothing is lost (nothing_lost), or another recovery is at work (busy).
         redis.exceptions.ConnectionError: The server is not there.
     """
     client = connect(settings)
@@ -142,7 +146,10 @@ class _DatasetRecovery:
         self._fms: dict[str, FmRecord] = catalog.fms.get(dataset, {})
         self._partitions = range(recorded.partitions)
         self._before = read_counters(client, dataset, self._partitions, recorded.logs)
-        self.epoch = 1 + max([recorded.epoch, *(found.epoch for found in self._before.values())])
+        self._epochs = [client.hget(keys.counters(dataset, p), "epoch") or b"" for p in self._partitions]
+        marks = [read_mark(folder, dataset, table) for table in map(table_of_log, recorded.logs) if table is not None]
+        known = [recorded.epoch, *(int(seen) for seen in self._epochs if seen), *(mark.epoch for mark in marks if mark)]
+        self.epoch = 1 + max(known)
 
     def report(self, problems: Sequence[LogProblem]) -> list[LogReport]:
         """Give what is wrong with each log, and what of it is left."""
@@ -161,8 +168,18 @@ class _DatasetRecovery:
             write_loss(self._folder, self._dataset, fm, losses[fm])
             show_planned(self._client, self._dataset, fm, [NOT_COUNTED] * len(self._partitions))
             touched[f"{self._dataset}/{fm}"] = len(losses[fm].touched(examples.days))
-        write_logs_file(self._folder, self._dataset, replace(self._recorded, epoch=self.epoch))
+        with self._folder.locked(f"{self._dataset}/_das/logs.json"):
+            if read_logs_file(self._folder, self._dataset) != self._recorded:
+                raise self._overtaken()
+            write_logs_file(self._folder, self._dataset, replace(self._recorded, epoch=self.epoch))
         return touched
+
+    def _overtaken(self) -> ConflictError:
+        return ConflictError(
+            f"another `das recover` is at work on dataset {self._dataset}: wait until it has ended; if `das status` "
+            "still says then that a log is lost or rewound, run it again",
+            code="busy",
+        )
 
     def _report_log(self, problem: LogProblem, found: LogCounters | None) -> LogReport:
         table = table_of_log(problem.log)
@@ -172,7 +189,7 @@ class _DatasetRecovery:
         name = keys.log(self._dataset, problem.partition, problem.log)
         start = "-" if committed is None else f"({committed.entry_id}"
         surviving = 0
-        while entries := self._client.xrange(name, min=start, max="+", count=100):
+        while entries := self._client.xrange(name, min=start, max="+", count=_REPORT_ENTRIES):
             surviving += len(entries)
             start = f"({entries[-1][0].decode()}"
         return LogReport(
@@ -189,7 +206,9 @@ class _DatasetRecovery:
         counters = keys.counters(self._dataset, partition)
         kinds = sorted({*self._recorded.logs, *(kind for fm in self._fms for kind in fm_logs(fm))})
         logs = [keys.log(self._dataset, partition, kind) for kind in kinds]
-        run_script(self._client, "raise_epoch", [counters, *logs], [self.epoch, *kinds])
+        epochs = [self.epoch, self._epochs[partition]]
+        if not run_script(self._client, "raise_epoch", [counters, *logs], [*epochs, *kinds]):
+            raise self._overtaken()
         for kind in kinds:
             names = [counters, keys.log(self._dataset, partition, kind)]
             run_script(self._client, "create_log", names, [kind, self.epoch])
@@ -198,16 +217,16 @@ class _DatasetRecovery:
         """Give an FM the groups that are missing, from the beginning of what there is, and its generation."""
         starts = keep_starts(self._client, self._folder, self._dataset, len(self._partitions), fm)
         for partition in self._partitions:
+            counters = keys.counters(self._dataset, partition)
+            start = starts.get(partition, Position(epoch=1, seq=0)).entry_id
             for kind in (EXAMPLES, rescore_log(fm)):
                 name = keys.log(self._dataset, partition, kind)
-                groups = {group["name"].decode() for group in self._client.xinfo_groups(name)}
-                if keys.group(fm) not in groups:
-                    self._client.xgroup_create(name, keys.group(fm), id=self._before_first(name))
-            start = starts.get(partition, Position(epoch=1, seq=0)).entry_id
-            self._client.hsetnx(keys.counters(self._dataset, partition), f"start:{fm}:{EXAMPLES}", start)
-            generation = keys.generation(self._dataset, partition, fm)
-            if int(self._client.get(generation) or -1) < record.generation:
-                self._client.set(generation, record.generation)
+                names = [counters, name, keys.generation(self._dataset, partition, fm)]
+                place = self._before_first(name)
+                run_script(self._client, "create_group", names, [keys.group(fm), fm, kind, place, start])
+        raise_generation(
+            self._client, self._dataset, partitions=len(self._partitions), fm=fm, generation=record.generation
+        )  # fmt: skip
 
     def _before_first(self, name: str) -> str:
         """Give the place before the first entry that a log holds."""

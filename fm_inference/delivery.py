@@ -2,7 +2,8 @@
 
 Every (re)connect reads what this consumer already holds; what is in hand here is not taken twice. A peer is dead when
 its beat stands still on our monotonic clock (das_service.beats); its entries are taken over by one script, and
-are suspect: one of them may have ended it.
+are suspect: one of them may have ended it. So is what this consumer holds when it starts: where DAS_INSTANCE names it,
+a former process of that name left it.
 
 An entry that can't be read is counted and passed by: the sink, which meets it too before it may leave the log, keeps it
 whole in `dead_chunks` (one of a rescore log is a copy of rows that are in `examples`). One of a later format stays
@@ -77,6 +78,7 @@ class Intake:
         self._own_from: dict[str, str] = {}
         self._recheck = threading.Event()
         self._recheck.set()
+        self._has_begun = False
 
     def recheck(self) -> None:
         """Read our own unfinished entries again before new ones: after a lost connection or a refused publish."""
@@ -104,9 +106,10 @@ class Intake:
             self._recheck.clear()
             self._own_from = dict.fromkeys(self._streams, "0")
         while self._own_from:  # what is in hand already is passed by, so an empty answer is not yet the end
-            own = self._read(self._own_from, block_ms=None)
+            own = self._read(self._own_from, block_ms=None, suspect=not self._has_begun)
             if own:
                 return own
+        self._has_begun = True
         return self._read(dict.fromkeys(self._streams, ">"), block_ms=block_ms)
 
     def take_over(self, peers: Mapping[str, Peer], *, trust_absence: bool) -> list[Delivery]:
@@ -142,7 +145,7 @@ class Intake:
                 self._count_unreadable()
         self._unreadable.clear()
 
-    def _read(self, positions: Mapping[str, str], *, block_ms: int | None) -> list[Delivery]:
+    def _read(self, positions: Mapping[str, str], *, block_ms: int | None, suspect: bool = False) -> list[Delivery]:
         count = int(self._batch_rows / max(self._rows_per_entry, 1.0) / max(len(positions) / 2, 1))
         reply = self._client.xreadgroup(
             self._group, self._consumer, dict(positions), count=min(max(count, 1), _MOST_ENTRIES), block=block_ms
@@ -150,7 +153,7 @@ class Intake:
         deliveries: list[Delivery] = []
         for name, pairs in reply or []:
             stream = name.decode()
-            deliveries += self._deliveries(stream, pairs, suspect=False)
+            deliveries += self._deliveries(stream, pairs, suspect=suspect)
             if stream in self._own_from:
                 self._go_on(stream, pairs)
         if deliveries:

@@ -51,10 +51,15 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peers:
-    """The other processes as the worker's observer last saw them."""
+    """The other processes as the worker's observer last saw them. looked_at: monotonic seconds.
+
+    trust_absence: a process that it did not see is dead, as long as the look is new: the observer's thread also loads
+    models, for minutes, and who started meanwhile is not in it.
+    """
 
     by_instance: dict[str, Peer]
     trust_absence: bool
+    looked_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +154,9 @@ class Lane:
             try:
                 self._take_over(loaded)
                 deliveries = self._intake.read(block_ms=_BLOCK_MS)
-                if deliveries:
+                if deliveries and deliveries[0].suspect:  # what a process of our name left: all of them are
+                    self._hand_over_singly(self.loaded or loaded, deliveries)
+                elif deliveries:
                     self._hand_over(self.loaded or loaded, deliveries, suspect=False)
             except UNREACHABLE as error:
                 self._wait_for_server(error)
@@ -164,7 +171,8 @@ class Lane:
             return
         self._looked_at = time.monotonic()
         peers = self.peers
-        taken = self._intake.take_over(peers.by_instance, trust_absence=peers.trust_absence)
+        is_new = self._looked_at - peers.looked_at < self._context.settings.dead_after_seconds
+        taken = self._intake.take_over(peers.by_instance, trust_absence=peers.trust_absence and is_new)
         self._hand_over_singly(loaded, taken)
 
     def _hand_over(self, loaded: Loaded, deliveries: Sequence[Delivery], *, suspect: bool) -> None:
@@ -330,8 +338,7 @@ class Lane:
             self._context.metrics.wasted_rows.labels(self.dataset, self.fm).inc(len(outcome.scored_rows))
             if result in {Published.LOST, Published.OTHER_EPOCH}:
                 self.halted = "the log does not agree with the tables; run `das recover`"
-            if result is not Published.NOT_OURS:
-                self._intake.recheck()
+            self._intake.recheck()  # one that was not ours may have become so before we let go of it
         if Published.WITHDRAWN in results:  # the worker is about to load what is active now
             self._context.stopping.wait(_RETRY_SECONDS)
 

@@ -16,6 +16,7 @@ from das_service.beats import Observer, instance_name
 from das_service.errors import DasError
 from das_service.folder import Folder
 from das_service.logs.records import read_logs_file
+from das_service.logs.streams import raise_generation
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE, connect, has_msetex
 from das_service.registry import Catalog, FmRecord, Registry, SnapshotRecord, read_catalog, read_revision
@@ -122,7 +123,7 @@ class Worker:
         now = time.monotonic()
         by_instance = self._observer.look(self._context.client, now=now)
         watched_enough = now - self._started_at > 2 * self._context.settings.dead_after_seconds
-        self._peers = Peers(by_instance=by_instance, trust_absence=watched_enough)
+        self._peers = Peers(by_instance=by_instance, trust_absence=watched_enough, looked_at=now)
         for lane in self._lanes.values():
             lane.peers = self._peers
         if any(lane.halted for lane in self._lanes.values()):
@@ -197,6 +198,8 @@ class Worker:
         if epoch is None:
             return
         wanted = self._publisher(catalog, dataset, record, epoch)
+        if again or lane.loaded is None or lane.loaded.publisher.generation != wanted.generation:
+            self._raise_generation(catalog, dataset, record)
         if lane.loaded is not None and (lane.loaded.publisher, lane.loaded.spec) == (wanted, catalog.spec(dataset)):
             return
         try:
@@ -208,6 +211,13 @@ class Worker:
         self._failures.pop(key, None)
         lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
         log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
+
+    def _raise_generation(self, catalog: Catalog, dataset: str, record: FmRecord) -> None:
+        """Let the server know the registry's generation: who raised that may have been cut, or the server rewound."""
+        raise_generation(
+            self._context.client, dataset, partitions=catalog.spec(dataset).partitions, fm=record.fm,
+            generation=record.generation,
+        )  # fmt: skip
 
     def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> TorchEngine:
         if lane.loaded is not None and lane.loaded.publisher.snapshot_id == record.active:

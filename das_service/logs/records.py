@@ -45,7 +45,8 @@ class Mark:
     """`<dataset>/_das/<table>.durable`: what of a table is on disk. Written last in a commit, before the log is freed.
 
     positions: per partition the last committed position of the table's log, None before the first. mended: rows of
-    supervision whose example had been a dead letter. diverted: rows that the table would not take, in `dead_chunks`.
+    supervision whose example had been a dead letter, or dead letters of scored examples (a repeat that raced).
+    diverted: rows that the table would not take, in `dead_chunks`.
     """
 
     version: int
@@ -55,6 +56,11 @@ class Mark:
     conflicting: int = 0
     mended: int = 0
     diverted: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """The latest epoch that a position is of, 0 if there is none."""
+        return max((at.epoch for at in self.positions.values() if at is not None), default=0)
 
 
 def read_logs_file(folder: Folder, dataset: str) -> LogsFile | None:

@@ -78,7 +78,13 @@ def create_groups(client: redis.Redis, dataset: str, *, partitions: int, fm: str
                 keys.log(dataset, partition, kind),
                 keys.generation(dataset, partition, fm),
             ]
-            run_script(client, "create_group", names, [keys.group(fm), fm, kind, after])
+            run_script(client, "create_group", names, [keys.group(fm), fm, kind, after, ""])
+
+
+def raise_generation(client: redis.Redis, dataset: str, *, partitions: int, fm: str, generation: int) -> None:
+    """Let nobody publish for an FM who knows an older generation than the registry's; a later one stays."""
+    for partition in range(partitions):
+        run_script(client, "raise_generation", [keys.generation(dataset, partition, fm)], [generation])
 
 
 def check_logs(client: redis.Redis, folder: Folder, dataset: str) -> list[LogProblem]:
@@ -117,6 +123,8 @@ def _compare(
         return "log_lost", "the server does not have it"
     if int(server_epoch) != epoch:
         return "log_rewound", f"the server is in epoch {int(server_epoch)}, the tables in {epoch}"
+    if floor is not None and floor.epoch > epoch:
+        return "log_rewound", f"the server is in epoch {epoch}, the table has {floor.entry_id}"
     if floor is not None and floor.epoch == epoch and int(last) < floor.seq:
         return "log_rewound", f"the server ends at {int(last)}, the table has {floor.seq}"
     return None

@@ -8,6 +8,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from das_service.ingest import CHUNK_BYTES
 from das_service.logs.streams import LogCounters, follows
 from das_service.settings import MIB
 from schemas.entries import Entry, Position
@@ -42,8 +43,11 @@ class Waiting:
     num_bytes: int = 0
 
     def entries_per_read(self, num_partitions: int) -> int:
-        """Give how many entries of each partition to ask for at once, so that a reply is about 16 MiB."""
-        entry_bytes = max(1, self.num_bytes // max(1, self.entries))
+        """Give how many entries of each partition to ask for at once, so that a reply is about 16 MiB.
+
+        Entries of older epochs, which are not counted, are taken to be as large as they may.
+        """
+        entry_bytes = max(1, self.num_bytes // max(1, self.entries)) if self.num_bytes else CHUNK_BYTES
         return max(1, min(_MOST_ENTRIES, _READ_BYTES // (entry_bytes * num_partitions)))
 
 

@@ -5,7 +5,6 @@ it in their place, and that commit is fenced as any other. The replaced files st
 """
 
 import datetime as dt
-import uuid
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -25,6 +24,8 @@ from das_service.tables.offline_store import (
     dictionary_columns,
     file_stats,
     in_log_order,
+    new_name,
+    removed_on_failure,
 )
 from schemas.tables import EVENT_DAY
 
@@ -86,7 +87,14 @@ def compact_step(table: DurableTable, *, most_small_files: int, target_bytes: in
 
 
 def _copy_files(place: TablePlace, day: dt.date, files: Sequence[DataFile], schema: pa.Schema) -> AddAction:
-    name = f"{EVENT_DAY}={day.isoformat()}/part-{uuid.uuid4()}.parquet"
+    name = new_name(day)
+    with removed_on_failure(place, [name]):
+        return _copy_files_to(place, name, day, files, schema)
+
+
+def _copy_files_to(
+    place: TablePlace, name: str, day: dt.date, files: Sequence[DataFile], schema: pa.Schema
+) -> AddAction:
     target = f"{place.root}/{name}"
     bounds = []
     with (

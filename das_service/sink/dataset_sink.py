@@ -68,8 +68,9 @@ class DatasetSink:
             else:
                 self._feeds[kind] = self._new_feed(kind, content, logs)
         for fm in self._fms:
-            if scored_log(fm) in self._feeds:
-                self._feeds[scored_log(fm)].failures = self._feeds.get(dead_log(fm))
+            scored, dead = self._feeds.get(scored_log(fm)), self._feeds.get(dead_log(fm))
+            if scored is not None and dead is not None:
+                scored.other_outcomes, dead.other_outcomes = dead, scored
         self.is_complete = set(wanted) <= set(logs.logs)
         client, folder = self._work.client, self._work.folder
         self._rescorer = Rescorer(
@@ -214,9 +215,10 @@ class DatasetSink:
 
     def _num_failed(self, fm: str) -> int:
         """Give how many examples the FM has failed on and not scored since."""
-        scored, dead = self._feeds.get(scored_log(fm)), self._feeds.get(dead_log(fm))
-        failed = dead.table.state.rows if dead and dead.positions else 0
-        return max(0, failed - (scored.table.state.mended if scored and scored.positions else 0))
+        found = [self._feeds.get(kind) for kind in (scored_log(fm), dead_log(fm))]
+        scored, dead = (feed.table.state if feed and feed.positions else None for feed in found)
+        mended = sum(state.mended for state in (scored, dead) if state)
+        return max(0, dead.rows - mended) if dead else 0
 
     def _fm_info(self, fm: str) -> dict[str, Any]:
         scored = self._feeds.get(scored_log(fm))

@@ -87,7 +87,7 @@ class Feed:
         self.has_older_epochs = logs.epoch > 1
         self._base: dict[int, tuple[int, int]] = {}
         self._counted = dict.fromkeys(("rows", "duplicates", "conflicting"), 0)
-        self.failures: Feed | None = None
+        self.other_outcomes: Feed | None = None
         self._vacuumed_at = time.monotonic()
 
     @property
@@ -252,16 +252,16 @@ class Feed:
         )
         cut = Cut(bounds, self._content.event_days_of, dict(self.table.state.positions))
         count = waiting.entries_per_read(len(cut.at))
-        more = set(cut.at)
+        more, has_older_epochs = set(cut.at), False
         while more and not cut.is_full:
             after = {partition: cut.at[partition] for partition in more}
             reply = read_after(self._work.client, self.table.dataset, self.kind, after, count=count)
+            has_older_epochs |= any(e.position.epoch < self.epoch for entries in reply.values() for e in entries)
             cut.add(reply)
             more = {partition for partition, entries in reply.items() if len(entries) == count}
         if not cut.taken and waiting.entries > self.has_older_epochs:
             raise LogGapError("log_lost", f"log {self.kind}: {waiting.entries} entries are counted, none is there")
-        if not any(entry.position.epoch < self.epoch for _, entry in cut.taken):
-            self.has_older_epochs = False
+        self.has_older_epochs &= has_older_epochs  # of all that was read: a cut may leave them behind newer ones
         return cut.taken
 
     def _commit(self, taken: Taken) -> None:
@@ -294,8 +294,9 @@ class Feed:
         return settle_identity(rows, self.known_rows(rows), self._work.duck)
 
     def _count_mended(self, rows: pa.Table) -> int:
-        """Give how many of these rows of supervision are of examples that the FM had failed on."""
-        known = self.failures.known_rows(rows) if self.failures is not None and rows.num_rows else []
+        """Give how many of these rows are of examples that have the FM's other outcome too, a score or a failure."""
+        other = self.other_outcomes
+        known = other.known_rows(rows) if other is not None and rows.num_rows else []
         if not isinstance(known, pads.Dataset) and not known:
             return 0
         return rows.num_rows - len(settle_identity(rows, known, self._work.duck).kept)

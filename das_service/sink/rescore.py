@@ -6,12 +6,15 @@ the sink drops a second supervision row. The sink feeds while the log has room. 
 online store are not scored again: it is published as it stands (online_scores.py).
 """
 
+import datetime as dt
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import redis
 
 from das_service.errors import UnavailableError
@@ -21,8 +24,9 @@ from das_service.logs.backlog import Reader, read_ranges, read_unfinished
 from das_service.logs.records import EXAMPLES, rescore_log, scored_log
 from das_service.logs.streams import AppendLimits, Chunk, append_chunks, read_counters, show_planned
 from das_service.redis_client import run_script
-from das_service.registry import read_catalog
+from das_service.registry import Catalog, read_catalog
 from das_service.settings import MIB
+from das_service.sink.identity import Known
 from das_service.sink.online_scores import scores_in_store
 from das_service.sink.rescore_plan import (
     Gap,
@@ -46,7 +50,7 @@ from das_service.sink.rescore_plan import (
     write_plan,
 )
 from das_service.sink.table_rows import example_chunk
-from das_service.tables.duck import Duck
+from das_service.tables.duck import Duck, quoted_path
 from das_service.tables.offline_store import TableReader, table_place
 from schemas import keys
 from schemas.dataset import DatasetSpec
@@ -59,7 +63,7 @@ _ANY_BYTES = 1 << 40
 _BATCH_ROWS = 20_000
 _MOST_POSITIONS = 16
 _SLICE = f"({EXAMPLE_HASH} & $mask) = $slice"
-_OUTCOMES = f"SELECT example_id, {EXAMPLE_HASH} FROM read_parquet(${{name}}) WHERE {_SLICE}"  # noqa: S608 - our own names
+_OUTCOMES = f"SELECT example_id, {EXAMPLE_HASH} FROM {{source}} WHERE {_SLICE}"  # noqa: S608 - our own names
 _NONE = f"SELECT NULL::VARCHAR AS example_id, NULL::BIGINT AS {EXAMPLE_HASH} LIMIT 0"
 
 
@@ -136,7 +140,8 @@ class Rescorer:
         """Append the next part of what an FM has to be fed; give how many examples that were, None when all is done.
 
         A part is a few log positions, or a slice of a day that is counted or fed; all days are counted first. The
-        caller sees to it that the logs have room, and that what survived a loss is in the tables.
+        caller sees to it that the logs have room, and that what survived a loss is in the tables. A plan that another
+        sink has changed meanwhile, which took this one for dead, is left to it: None too.
         """
         plan, loss = read_plan(self._folder, self._dataset, fm), self._loss(fm)
         is_new = loss is not None and loss.epoch > plan.epoch
@@ -145,6 +150,8 @@ class Rescorer:
             return None
         self._examples.refresh()
         num_rows, left = self._next_part(fm, plan, loss)
+        if read_plan(self._folder, self._dataset, fm) != plan:
+            return None
         save_plan(self._client, self._folder, self._dataset, fm, left, partitions=self._spec.partitions)
         return num_rows
 
@@ -183,6 +190,8 @@ class Rescorer:
     def replay_dead_letters(self, fm: str, *, example_ids: Collection[str] | None = None) -> int:
         """Append the examples (these ids, default all) that an FM failed on and has not scored since; give how many.
 
+        A score that only the online store has is appended as it stands: a worker would not score such an example again.
+
         Raises:
             OverloadedError: The rescore log is full; what was appended stays.
         """
@@ -190,13 +199,14 @@ class Rescorer:
         dead, scored = self._reader(dead_letters_table(fm)), self._reader(supervision_table(fm))
         wanted = None if example_ids is None else pa.array(sorted(example_ids), pa.string())
         condition = f"{_exists('dead')} AND NOT {_exists('scored')}"
-        num_rows = 0
+        num_rows, catalog = 0, read_catalog(self._client)
         for day in sorted(dead.days):
-            sources = {"dead": dead.files_of_days([day]), "scored": scored.files_of_days([day])}
-            files, values = self._examples.files_of_days([day]), {"mask": 0, "slice": 0}
-            for rows in self._iter_rows(files, condition, values=values, sources=sources):
+            sources = {"dead": _of_day(dead, day), "scored": _of_day(scored, day)}
+            examples, values = _of_day(self._examples, day), {"mask": 0, "slice": 0}
+            for rows in self._iter_rows(examples, condition, values=values, sources=sources):
                 chosen = rows if wanted is None else rows.filter(pc.is_in(rows["example_id"], wanted))
-                num_rows += self._append_examples(fm, chosen, max_bytes=RESCORE_BYTES)
+                self._append_unscored(fm, chosen, catalog, max_bytes=RESCORE_BYTES)
+                num_rows += chosen.num_rows
         return num_rows
 
     def _feed_gaps(self, fm: str, plan: Plan) -> tuple[int, Plan]:
@@ -208,7 +218,7 @@ class Rescorer:
         condition = "e.log_position BETWEEN $first AND $last"
         values = {"first": first, "last": last}
         fed = [0] * self._spec.partitions
-        for rows in self._iter_rows(self._files_between(first, last), condition, values=values):
+        for rows in self._iter_rows(self._rows_between(first, last), condition, values=values):
             partitions = self._partitions(rows)
             inside = in_gaps(rows["log_position"].to_numpy(), partitions, plan.gaps)
             self._append_examples(fm, rows.filter(pa.array(inside)))
@@ -217,17 +227,16 @@ class Rescorer:
 
     def _next_position(self, first: int) -> int | None:
         """Give the lowest log position in the table from `first` on, None past its end: epochs lie far apart."""
-        files = self._files_between(first, None)
-        if not files:
-            return None
-        query = "SELECT min(log_position) AS first FROM read_parquet($files) WHERE log_position >= $first"
-        with self._duck.cursor() as cursor:
-            ((found,),) = cursor.execute(query, {"files": files, "first": first}).fetchall()
-        return None if found is None else int(found)
+        condition, found = "e.log_position >= $first", None
+        for rows in self._iter_rows(
+            self._rows_between(first, None), condition, values={"first": first}, columns="min(e.log_position) AS first"
+        ):
+            found = rows["first"][0].as_py()
+        return found
 
-    def _files_between(self, first: int, last: int | None) -> list[str]:
+    def _rows_between(self, first: int, last: int | None) -> Known:
         each = (file for files in self._examples.days.values() for file in files_between(files, first, last))
-        return self._examples.paths(each)
+        return self._examples.rows_of(each)
 
     def _count_slice(self, fm: str, lost: LostDay, loss: Loss) -> list[int]:
         """Give how many rows of the next slice of an event day are lost, by partition."""
@@ -240,9 +249,7 @@ class Rescorer:
         """Feed what the next slice of the first day lacks: scores that stand online as they are, the rest to score."""
         fed, catalog = [0] * self._spec.partitions, read_catalog(self._client)
         for rows in self._iter_lost(fm, plan.days[0], loss, columns="e.*"):
-            is_scored, chunks = scores_in_store(self._client, catalog, self._dataset, fm, rows)
-            self._append(chunks)
-            self._append_examples(fm, rows.filter(pa.array(~is_scored)))
+            self._append_unscored(fm, rows, catalog)
             fed = add_rows(fed, count_by_partition(self._partitions(rows), len(fed)))
         return sum(fed), with_fed_slice(plan, fed)
 
@@ -256,9 +263,10 @@ class Rescorer:
         values = {
             "mask": lost.num_slices - 1, "slice": lost.next_slice, "first": loss.first, "last": loss.last,
         }  # fmt: skip
-        sources = {"dead": dead.files_of_days([lost.day]), "scored": scored.files_of_days([lost.day])}
-        files = self._examples.paths(files_between(self._examples.days.get(lost.day, []), loss.first, loss.last))
-        for rows in self._iter_rows(files, condition, values=values, sources=sources, columns=columns):
+        sources = {"dead": _of_day(dead, lost.day), "scored": _of_day(scored, lost.day)}
+        files = files_between(self._examples.days.get(lost.day, []), loss.first, loss.last)
+        examples = self._examples.rows_of(files)
+        for rows in self._iter_rows(examples, condition, values=values, sources=sources, columns=columns):
             inside = is_lost(rows["log_position"].to_numpy(), self._partitions(rows), loss.reaches)
             yield rows.filter(pa.array(inside))
 
@@ -269,42 +277,64 @@ class Rescorer:
 
     def _iter_rows(
         self,
-        files: Sequence[str],
+        examples: Known,
         condition: str,
         *,
         values: Mapping[str, int],
-        sources: Mapping[str, Sequence[str]] | None = None,
+        sources: Mapping[str, Known] | None = None,
         columns: str = "e.*",
     ) -> Iterator[pa.Table]:
         """Give the rows of examples files that fulfil a condition, some thousands at a time.
 
-        sources: Parquet files of the tables that the condition names, of which the slice of `values` is read; a table
-        without files is empty.
+        sources: files of the tables that the condition names, of which the slice of `values` is read; a table without
+        files is empty.
         """
-        if not files:
+        if not _has_files(examples):
             return
-        named = {name: list(paths) for name, paths in (sources or {}).items() if paths}
-        tables = [f"{name} AS ({_OUTCOMES.format(name=name) if name in named else _NONE})" for name in sources or {}]
-        known = f"WITH {', '.join(tables)} " if tables else ""
-        query = f"{known}SELECT {columns} FROM read_parquet($files, union_by_name = true) e WHERE {condition}"  # noqa: S608 - our own names
         with self._duck.cursor() as cursor:
-            relation = cursor.sql(query, params={"files": list(files), **named, **values})
-            for batch in relation.to_arrow_reader(_BATCH_ROWS):
+            named = {
+                name: _OUTCOMES.format(source=_source(cursor, name, files)) if _has_files(files) else _NONE
+                for name, files in (sources or {}).items()
+            }
+            known = f"WITH {', '.join(f'{name} AS ({query})' for name, query in named.items())} " if named else ""
+            query = f"{known}SELECT {columns} FROM {_source(cursor, 'examples', examples)} e WHERE {condition}"  # noqa: S608 - our own names
+            for batch in cursor.sql(query, params=dict(values)).to_arrow_reader(_BATCH_ROWS):
                 yield pa.Table.from_batches([batch])
 
     def _partitions(self, rows: pa.Table) -> Int64s:
         return keys.partitions_of(keys.digest_array(rows["example_id"].combine_chunks()), self._spec.partitions)
 
-    def _append_examples(self, fm: str, rows: pa.Table, *, max_bytes: int = _ANY_BYTES) -> int:
-        """Append rows of the examples table to the rescore log; give how many."""
+    def _append_unscored(self, fm: str, rows: pa.Table, catalog: Catalog, *, max_bytes: int = _ANY_BYTES) -> None:
+        """Append rows of the examples table that lack supervision: scores that stand online, the rest to be scored."""
+        is_scored, chunks = scores_in_store(self._client, catalog, self._dataset, fm, rows)
+        self._append(chunks, max_bytes=max_bytes)
+        self._append_examples(fm, rows.filter(pa.array(~is_scored)), max_bytes=max_bytes)
+
+    def _append_examples(self, fm: str, rows: pa.Table, *, max_bytes: int = _ANY_BYTES) -> None:
+        """Append rows of the examples table to the rescore log."""
         if rows.num_rows:
             chunks = encode_chunks(self._dataset, self._spec, example_chunk(rows, self._spec))
             self._append([replace(chunk, kind=rescore_log(fm)) for chunk in chunks], max_bytes=max_bytes)
-        return rows.num_rows
 
     def _append(self, chunks: Sequence[Chunk], *, max_bytes: int = _ANY_BYTES) -> None:
         limits = AppendLimits(epoch=self._epoch, floors={}, max_bytes=max_bytes, dedup_seconds=1)
         append_chunks(self._client, chunks, limits)
+
+
+def _of_day(reader: TableReader, day: dt.date) -> Known:
+    return reader.rows_of(reader.days.get(day, []))
+
+
+def _has_files(files: Known) -> bool:
+    return isinstance(files, pads.Dataset) or bool(files)
+
+
+def _source(cursor: duckdb.DuckDBPyConnection, name: str, files: Known) -> str:
+    """Give what a query reads these files from."""
+    if isinstance(files, pads.Dataset):
+        cursor.register(f"{name}_files", files)
+        return f"{name}_files"
+    return f"read_parquet([{', '.join(map(quoted_path, files))}], union_by_name = true)"
 
 
 def _exists(table: str) -> str:

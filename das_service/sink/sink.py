@@ -86,10 +86,16 @@ class Sink:
                     dataset.tend(now=now, is_busy=any(busy))
                 self._report(now)
         except (*UNREACHABLE, redis.exceptions.ResponseError) as error:  # the latter: it is busy, or can't write
-            self._problems = [f"the server can't be used: {error}"]
-            log.warning("the server can't be used: %s", error)
-            return False
+            return self._stand_still(f"the server can't be used: {error}")
+        except OSError as error:
+            return self._stand_still(f"the tables' folder can't be used: {error}")
         return any(busy)
+
+    def _stand_still(self, problem: str) -> bool:
+        """Say what keeps everything from being done; the next look tries again."""
+        self._problems = [problem]
+        log.warning("%s", problem)
+        return False
 
     def drain(self, *, deadline: float) -> None:
         """Commit what still waits, until nothing does or the deadline (monotonic seconds) has come; then let go."""
@@ -132,10 +138,12 @@ class Sink:
             return
         revision = read_revision(self._context.client)
         is_new = self._catalog is None or self._catalog.revision != revision
-        if is_new or self._registry_problem:
+        catalog = self._catalog
+        if catalog is None or is_new or self._registry_problem:
             self._registry_problem = self._check_registry()
-            self._catalog = read_catalog(self._context.client)
-        self._refresh(is_new=is_new)
+            catalog = read_catalog(self._context.client)
+        self._refresh(catalog, is_new=is_new)
+        self._catalog = catalog  # now that all datasets have taken it over: whatever came between is tried again
 
     def _check_registry(self) -> str:
         """Give what is wrong with the registry, in words: a server that came back empty declares nothing."""
@@ -146,15 +154,13 @@ class Sink:
             return str(error)
         return ""
 
-    def _refresh(self, *, is_new: bool) -> None:
-        if self._catalog is None:
-            return
-        for name, spec in self._catalog.datasets.items():
+    def _refresh(self, catalog: Catalog, *, is_new: bool) -> None:
+        for name, spec in catalog.datasets.items():
             dataset = self._datasets.get(name)
             if dataset is None:
                 dataset = self._datasets[name] = DatasetSink(self._work, name, spec)
             if is_new or dataset.problems or not dataset.is_complete:
-                dataset.refresh(self._catalog, read_logs_file(self._folder, name))
+                dataset.refresh(catalog, read_logs_file(self._folder, name))
 
     def _report(self, now: float) -> None:
         found = [problem for dataset in self._datasets.values() for problem in dataset.problems]

@@ -86,9 +86,12 @@ class DurableTable:
 
         Raises:
             TableBehindMarkError: The table lacks what its mark promises.
+            LostOwnershipError: The mark knows a later epoch than this process does.
         """
         self._delta = None
         mark = read_mark(self._folder, self.dataset, self.table)
+        if mark is not None and mark.epoch > epoch:
+            raise LostOwnershipError(f"table {self.table} of dataset {self.dataset} is in epoch {mark.epoch} already")
         if self.place.path is not None:
             marked = -1 if mark is None else mark.version
             set_torn_tail_aside(self.place.path, marked_version=marked, aside=self._aside())
@@ -146,9 +149,9 @@ class DurableTable:
     ) -> None:
         """Add rows (none: only positions move) and move the positions of the partitions in `moved`, durably.
 
-        duplicates and conflicting: rows of the same entries that were dropped; mended: rows of these whose example had
-        been a dead letter; diverted: rows of entries that are passed because the table does not take them; all are
-        added to the totals.
+        duplicates and conflicting: rows of the same entries that were dropped; mended: rows of these whose example has
+        the FM's other outcome too; diverted: rows of entries that are passed because the table does not take them; all
+        are added to the totals.
 
         Raises:
             LostOwnershipError: Somebody else has committed; nothing was.
@@ -233,6 +236,9 @@ class DurableTable:
             self.delta.create_checkpoint()
             if path is not None:
                 fsync_checkpoint(path, version)
+        mark = read_mark(self._folder, self.dataset, self.table)
+        if mark is not None and mark.version > version:  # this process was taken for dead since its commit
+            raise LostOwnershipError(f"table {self.table} of dataset {self.dataset}: version {mark.version} is marked")
         write_mark(self._folder, self.dataset, self.table, self.state)
         if is_checkpoint:
             self.delta.cleanup_metadata()

@@ -6,11 +6,12 @@ opened and written through one DeltaTable object, never by path: a write by path
 commit what another owner has committed already.
 """
 
+import contextlib
 import datetime as dt
 import json
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +176,10 @@ class TableReader:
         """Give the full paths (on an object store: paths within its file system) of these event days, default all."""
         return file_paths(self._place, self._days, event_days)
 
-    def paths(self, files: Iterable[DataFile]) -> list[str]:
-        """Give the full paths of these files."""
-        return [f"{self._place.root}/{file.path}" for file in files]
+    def rows_of(self, files: Iterable[DataFile]) -> list[str] | pads.Dataset:
+        """Give what DuckDB reads these files from, as known_rows does; a column that a file lacks is null."""
+        paths = [f"{self._place.root}/{file.path}" for file in files]
+        return _readable(self._place, paths, self.schema())
 
 
 def file_paths(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] | None = None) -> list[str]:
@@ -188,12 +190,16 @@ def file_paths(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] 
 
 def known_rows(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date]) -> list[str] | pads.Dataset:
     """Give what DuckDB reads these event days from: file paths, or off this machine a dataset that pyarrow reads."""
-    paths = file_paths(place, days, event_days)
+    return _readable(place, file_paths(place, days, event_days), None)
+
+
+def _readable(place: TablePlace, paths: list[str], schema: pa.Schema | None) -> list[str] | pads.Dataset:
     if place.path is not None or not paths:
         return paths
     partitioning = pads.HivePartitioning(pa.schema([pa.field(EVENT_DAY, pa.date32())]))
     return pads.dataset(
         paths,
+        schema=schema,
         filesystem=place.filesystem,
         format="parquet",
         partitioning=partitioning,
@@ -203,7 +209,30 @@ def known_rows(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date])
 
 def write_files(place: TablePlace, rows: pa.Table) -> list[AddAction]:
     """Write rows into one new file per event day, fsynced on a folder, and give the actions that add them."""
-    return [_write_file(place, day, part) for day, part in _iter_days(rows)]
+    added: list[AddAction] = []
+    names: list[str] = []
+    with removed_on_failure(place, names):
+        for day, part in _iter_days(rows):
+            names.append(new_name(day))
+            added.append(_write_file(place, names[-1], day, part))
+    return added
+
+
+@contextlib.contextmanager
+def removed_on_failure(place: TablePlace, names: Sequence[str]) -> Iterator[None]:
+    """Delete these new files of a table if what follows fails: on a full disk the next try needs their room."""
+    try:
+        yield
+    except Exception:
+        for name in names:
+            with contextlib.suppress(OSError):
+                place.filesystem.delete_file(f"{place.root}/{name}")
+        raise
+
+
+def new_name(day: dt.date) -> str:
+    """Give the name of a new file of an event day."""
+    return f"{EVENT_DAY}={day.isoformat()}/part-{uuid.uuid4()}.parquet"
 
 
 def _iter_days(rows: pa.Table) -> Iterator[tuple[dt.date, pa.Table]]:
@@ -230,8 +259,7 @@ def rows_at(rows: pa.Table, numbers: NDArray[np.int64]) -> pa.Table:
 _EPOCH = dt.date(1970, 1, 1).toordinal()
 
 
-def _write_file(place: TablePlace, day: dt.date, rows: pa.Table) -> AddAction:
-    name = f"{EVENT_DAY}={day.isoformat()}/part-{uuid.uuid4()}.parquet"
+def _write_file(place: TablePlace, name: str, day: dt.date, rows: pa.Table) -> AddAction:
     options = fresh_options(rows.schema)
     if place.path is not None:
         path = place.path / name

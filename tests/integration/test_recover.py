@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import redis
+from typer.testing import CliRunner
 
 from das_service import recover as recovery
+from das_service.cli.app import build_app
 from das_service.errors import ConflictError, UnavailableError
 from das_service.logs import streams
 from das_service.recover import Report, recover
 from das_service.registry import Registry
 from das_service.sink.rescore_plan import read_plan, write_plan
 from das_service.sink.sink import Sink
+from das_service.up.embedded import free_port
 from schemas import keys
 from schemas.dataset import example_schema
 from schemas.entries import Position, parse_entry
@@ -349,6 +352,93 @@ def test_a_recovery_that_was_cut_can_be_run_again(feeding: Feeding, monkeypatch:
     assert (feeding.ids("examples"), sink.health(), rescored(feeding)) == (names(0, 20), [], names(0, 10))
 
 
+def test_what_survived_is_committed_also_where_the_clock_says_that_it_is_newer(
+    own_server: Server, tmp_path: Path
+) -> None:
+    """The server goes on with another machine's clock; a commit is full of new entries alone."""
+    with own_server.client() as client:
+        feeding = Feeding(make_settings(own_server, tmp_path, commit_seconds=0.5, commit_rows=5), client)
+        sink = run(feeding)
+        feeding.post_ids(0, 10)
+        log = keys.log("ads", 0, "examples")
+        ((entry_id, fields),) = client.xrange(log)
+        client.delete(log)
+        client.xadd(log, {**fields, b"t": b"%d" % (int(fields[b"t"]) + DAY_US)}, id=entry_id)
+        client.delete(keys.log("ads", 1, "examples"))
+        recover(feeding.settings)
+        is_second = {name: keys.digests([name.encode()])[8] % 2 == 1 for name in names(0, 60)}
+        feeding.post(({"example_id": name} for name, second in is_second.items() if second), chunk_rows=5)
+        for _ in range(3):
+            run(feeding, sink)
+        first = [name for name in names(0, 10) if not is_second[name]]
+        assert feeding.ids("examples") == sorted([*first, *(name for name, second in is_second.items() if second)])
+        assert (sink.health(), feeding.kept_rows()) == ([], 0)
+        feeding.close()
+
+
+def test_a_new_epoch_is_later_than_all_that_the_tables_know(feeding: Feeding) -> None:
+    feeding.post_ids(0, 10)
+    run(feeding)
+    old = feeding.folder.read("ads/_das/logs.json")
+    assert old is not None
+    for _ in range(2):
+        lose_everything(feeding)
+        recover(feeding.settings)
+        feeding.post_ids(0, 10)
+        run(feeding)
+    feeding.folder.write("ads/_das/logs.json", old)  # put back from an older copy than the tables
+    lose_everything(feeding)
+    assert recover(feeding.settings).epochs == {"ads": 4}
+
+
+def test_a_server_and_a_record_of_logs_that_are_older_than_the_tables_are_refused(
+    feeding: Feeding, own_server: Server, tmp_path: Path
+) -> None:
+    rewind = Rewind(own_server, tmp_path / "copy")
+    feeding.post_ids(0, 10)
+    run(feeding)
+    old = feeding.folder.read("ads/_das/logs.json")
+    assert old is not None
+    rewind.keep()
+    lose_everything(feeding)
+    recover(feeding.settings)
+    feeding.post_ids(10, 20)
+    sink = run(feeding)
+    rewind.put_back()
+    feeding.folder.write("ads/_das/logs.json", old)
+    assert problems(feeding) == {"log_rewound"}
+    assert recover(feeding.settings).epochs == {"ads": 3}
+    feeding.post_ids(15, 25)
+    run(feeding, sink)
+    assert (sink.health(), feeding.ids("examples")) == ([], names(0, 25))
+
+
+@pytest.mark.parametrize("step", ["run_script", "show_planned"])  # before the epoch is raised, and after that
+def test_of_two_recoveries_at_once_one_gives_up_and_nothing_is_undone(
+    feeding: Feeding, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 10)
+    sink = run(feeding)
+    lose_everything(feeding)
+    whole = getattr(recovery, step)
+
+    def other_first(*args: Any) -> Any:
+        monkeypatch.setattr(recovery, step, whole)
+        recover(feeding.settings)
+        feeding.post_ids(10, 30, chunk_rows=1)
+        run(feeding, sink)
+        return whole(*args)
+
+    monkeypatch.setattr(recovery, step, other_first)
+    with pytest.raises(ConflictError) as refusal:
+        recover(feeding.settings)
+    assert (refusal.value.code, problems(feeding)) == ("busy", set())
+    feeding.post_ids(30, 40)
+    run(feeding, sink)
+    assert (sink.health(), feeding.ids("examples")) == ([], names(0, 40))
+
+
 def test_groups_and_generations_are_made_again(feeding: Feeding) -> None:
     feeding.declare_fm("f")
     run(feeding)
@@ -368,3 +458,11 @@ def test_the_report_can_be_read(feeding: Feeding) -> None:
     lines = str(report).splitlines()
     assert lines[:2] == ["the registry was restored from its copy", "dataset ads goes on in epoch 2"]
     assert f"the table has it up to {Position(epoch=1, seq=0).entry_id}" in lines[2]
+
+
+def test_a_server_that_is_not_there_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAS_REDIS_URL", f"redis://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("DAS_TABLES_URI", str(tmp_path))
+    result = CliRunner().invoke(build_app(), ["recover", "--yes"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("das: the server of the logs or the tables' folder can't be used")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from das_service.beats import beat
 from das_service.dead_letters import list_dead_letters
 from das_service.logs import records, streams
-from das_service.sink import feed, trimming
+from das_service.sink import dataset_sink, feed, trimming
 from das_service.sink.sink import Sink
 from das_service.tables import durable_table
 from schemas import keys
@@ -65,6 +66,21 @@ def test_a_dead_letter_that_is_scored_later_is_failed_no_more(feeding: Feeding) 
     assert (mark.rows, mark.mended, metric(sink, "das_dead_letters", fm="f")) == (3, 2, 1)
     listed = list_dead_letters(feeding.client, feeding.folder, "ads", "f", partitions=2, limit=10)
     assert [letter["example_id"] for letter in listed] == names(0, 1)
+
+
+def test_a_repeat_that_failed_after_its_example_was_scored_is_no_failure(feeding: Feeding) -> None:
+    """Two workers, each with an entry that has the example."""
+    feeding.declare_fm("f")
+    feeding.post_ids(0, 2)
+    sink = feeding.sink()
+    feeding.read_group("f")
+    feeding.score("f", ["e0"])
+    feeding.run(sink)
+    feeding.fail("f", ["e0", "e1"])
+    feeding.run(sink)
+    counted = feeding.status()["fms"]["f"]
+    assert (counted["scored"], counted["failed"], counted["pending"]) == (1, 1, 0)
+    assert metric(sink, "das_dead_letters", fm="f") == 1
 
 
 def test_supervision_and_dead_letters_reach_their_tables(feeding: Feeding) -> None:
@@ -237,6 +253,40 @@ def test_a_full_disk_keeps_the_log_and_shows(feeding: Feeding, monkeypatch: pyte
         assert feeding.kept_rows() == 10
     feeding.run(sink, steps=40)
     assert (sink.health(), feeding.ids("examples")) == ([], names(0, 10))
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_costs_a_pause_and_shows(feeding: Feeding) -> None:
+    sink = feeding.sink()
+    feeding.run(sink)
+    logs = Path(feeding.settings.tables_uri) / "ads/_das/logs.json"
+    feeding.post_ids(0, 10)
+    kept = logs.rename(logs.with_name("kept"))
+    logs.mkdir()  # reading it is an OSError
+    feeding.declare(feeding.spec.model_copy(update={"online_ttl_seconds": 60}))
+    feeding.run(sink)
+    assert sink.health()[0].startswith("the tables' folder can't be used")
+    logs.rmdir()
+    kept.rename(logs)
+    feeding.run(sink)
+    assert (sink.health(), feeding.ids("examples")) == ([], names(0, 10))
+
+
+def test_what_was_declared_while_the_server_went_away_is_taken_over_when_it_is_back(
+    feeding: Feeding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = feeding.sink()
+    feeding.run(sink)
+    feeding.declare_fm("f")
+    whole, calls = dataset_sink.keep_starts, iter(range(100))
+
+    def sometimes(*args: Any) -> Any:
+        if next(calls) == 0:
+            raise redis.exceptions.ConnectionError("gone")
+        return whole(*args)
+
+    monkeypatch.setattr(dataset_sink, "keep_starts", sometimes)
+    feeding.run(sink)
+    assert feeding.folder.read("ads/_das/start.f.json") is not None
 
 
 def test_two_sinks_at_once_write_each_row_once(feeding: Feeding) -> None:

@@ -8,11 +8,14 @@ import pytest
 
 from das_service.metrics import Metrics
 from das_service.redis_client import connect
+from das_service.registry import FmRecord, SnapshotRecord, fm_field, snapshot_field
 from das_service.role import RoleContext
 from das_service.settings import Settings
 from fm_inference.lane import Lane
 from fm_inference.worker import Worker
-from tests.declared import Declared
+from schemas import keys
+from tests.declared import NOON, SPEC, Declared
+from tests.feeding import OUTPUTS
 
 
 @pytest.fixture
@@ -79,3 +82,18 @@ def test_a_worker_that_cannot_read_the_tables_folder_says_so_and_goes_on(
     kept.rename(copy)
     worker._look()
     assert (lane.halted, lane._reads.ping()) == ("", True)
+
+
+def test_a_worker_raises_a_generation_that_whoever_withdrew_a_snapshot_could_not(context: RoleContext) -> None:
+    declared = Declared(context.settings, context.client)
+    declared.declare_fm("f")
+    snapshot = SnapshotRecord(
+        snapshot_id="s1", uri="/nowhere", sha256="0", state="validated", trained_through=NOON, registered_at=NOON
+    )
+    declared.registry.change(snapshot_field("ads", "f", "s1"), SnapshotRecord, lambda _: snapshot)
+    change = {"outputs": OUTPUTS, "snapshots": ("s1",), "active": "s1", "generation": 3}
+    declared.registry.change(fm_field("ads", "f"), FmRecord, lambda old: old.model_copy(update=change))
+    worker = Worker(context)
+    worker._lanes["ads", "f"] = Lane(context, dataset="ads", fm="f", partitions=2)
+    worker._follow()
+    assert [context.client.get(keys.generation("ads", p, "f")) for p in range(SPEC.partitions)] == [b"3", b"3"]
