@@ -21,7 +21,7 @@ PROBE = "das:probe"
 def digests(example_ids: Iterable[bytes]) -> bytes:
     """Give the 16-byte digests of the ids (UTF-8), one after the other."""
     digest = xxhash.xxh3_128_digest
-    return b"".join([digest(example_id) for example_id in example_ids])
+    return b"".join(map(digest, example_ids))
 
 
 def digest_array(example_ids: pa.Array) -> pa.Array:
@@ -80,9 +80,11 @@ def attempts(dataset: str, partition: int, fm: str, kind: str) -> str:
     return f"{tag(dataset, partition)}:attempts:{fm}:{kind}"
 
 
-def chunk(dataset: str, partition: int, content: bytes) -> bytes:
-    """Mark of a chunk that was logged, by the digest of its content."""
-    return f"{tag(dataset, partition)}:chunk:".encode() + xxhash.xxh3_128_digest(content)
+def chunk(dataset: str, partition: int, kind: str, content: bytes) -> bytes:
+    """Mark of a chunk that was logged in that kind of log, by the digest of its content."""
+    digest = xxhash.xxh3_128(f"{kind}/".encode())
+    digest.update(content)
+    return f"{tag(dataset, partition)}:chunk:".encode() + digest.digest()
 
 
 def online_prefix(dataset: str, partition: int, fm: str) -> bytes:

@@ -13,6 +13,7 @@ from das_service.door.problems import problem
 
 MAX_HEAD_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
+READ_AHEAD_BYTES = 1024 * 1024
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -62,7 +63,12 @@ class BoundedHttp(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
         self._unread_bytes = 0
-        super().on_body(body)
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB: 2 ms for a body of 2 MB
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; a head that is still not whole may not be long, nor what is neither head nor body."""

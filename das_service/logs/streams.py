@@ -185,7 +185,7 @@ def append_chunks(client: redis.Redis, chunks: Sequence[Chunk], limits: AppendLi
         names: list[str | bytes] = [
             keys.counters(chunk.dataset, chunk.partition),
             keys.log(chunk.dataset, chunk.partition, chunk.kind),
-            keys.chunk(chunk.dataset, chunk.partition, chunk.kind.encode() + b"/" + chunk.data),
+            keys.chunk(chunk.dataset, chunk.partition, chunk.kind, chunk.data),
         ]
         floor = limits.floors.get(chunk.partition, -1)
         args: list[str | bytes | int] = [
