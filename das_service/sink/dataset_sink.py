@@ -35,6 +35,7 @@ class DatasetSink:
         self._spec = spec
         self._fms: dict[str, FmRecord] = {}
         self._feeds: dict[str, Feed] = {}
+        self._compact_order: list[str] = []
         self._trimmer = Trimmer(work.client, dataset)
         self._rescorer: Rescorer | None = None
         self._counters: dict[tuple[int, str], LogCounters] = {}
@@ -67,6 +68,7 @@ class DatasetSink:
                 self._feeds[kind].follow(logs, content)
             else:
                 self._feeds[kind] = self._new_feed(kind, content, logs)
+                self._compact_order.append(kind)
         for fm in self._fms:
             scored, dead = self._feeds.get(scored_log(fm)), self._feeds.get(dead_log(fm))
             if scored is not None and dead is not None:
@@ -197,12 +199,21 @@ class DatasetSink:
         until = time.monotonic() + _COMPACT_SECONDS
         busy = True
         while busy and time.monotonic() < until:
-            busy = any(feed.compact(now=now, most_small_files=most) for feed in self._feeds.values())
+            busy = self._compact_next(now, most)
             if wish is None:
                 return
         is_met = not busy and not self.problems and all(feed.positions for feed in self._feeds.values())
         if is_met and client.hget(keys.COMPACT, self.dataset) == wish:
             client.hdel(keys.COMPACT, self.dataset)
+
+    def _compact_next(self, now: float, most_small_files: int) -> bool:
+        """Take a step in the first table that needs one, and give whether there was one; each table has its turn."""
+        for kind in list(self._compact_order):
+            if self._feeds[kind].compact(now=now, most_small_files=most_small_files):
+                self._compact_order.remove(kind)
+                self._compact_order.append(kind)
+                return True
+        return False
 
     def _report_backlogs(self) -> None:
         kept: dict[str, int] = {}

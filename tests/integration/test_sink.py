@@ -466,6 +466,24 @@ def test_the_sink_compacts_when_there_are_too_many_small_files(feeding_with: Cal
     assert (feeding.ids("examples"), sink.health()) == (names(0, 90), [])
 
 
+def test_each_table_has_its_turn_to_be_compacted_however_fast_another_grows(feeding: Feeding) -> None:
+    feeding.declare_fm("f")
+    sink = feeding.sink()
+    compacted = set()
+    for i in range(6):
+        feeding.post_ids(10 * i, 10 * i + 10)
+        feeding.score("f", names(10 * i, 10 * i + 10))
+        feeding.run(sink, steps=3)
+        (dataset,) = sink._datasets.values()
+        before = {kind: len(feed.table.days[NOON.date()]) for kind, feed in dataset.feeds.items() if feed.table.days}
+        dataset._compact_next(feeding.now, 1)
+        compacted |= {
+            kind for kind, files in before.items() if len(dataset.feeds[kind].table.days[NOON.date()]) < files
+        }
+
+    assert compacted == {"examples", "scored:f"}
+
+
 def test_a_wish_to_compact_is_met_and_then_forgotten(feeding: Feeding) -> None:
     sink = feeding.sink()
     for i in range(3):
