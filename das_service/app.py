@@ -16,7 +16,7 @@ from das_service.door.http_protocol import BoundedHttp
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
 from das_service.metrics import Metrics, package_version
-from das_service.routes import augment, datasets, examples, fms, health, status, supervision
+from das_service.routes import augment, datasets, examples, fms, health, labels, status, supervision
 from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
 from das_service.routes.status import ReplayDeclaration
 from das_service.service import build_service
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     install_problems(app)
     app.add_middleware(RequestWatch, metrics=metrics)
-    for routes in (datasets, examples, supervision, augment, fms, status, health):
+    for routes in (datasets, examples, labels, supervision, augment, fms, status, health):
         app.include_router(routes.router)
     install_openapi(app, _BODIES)
     return app

@@ -12,7 +12,7 @@ import xxhash
 
 from das_service.errors import ConflictError, DasError, InvalidRowsError, UnknownNameError
 from das_service.folder import Folder, local_path
-from das_service.logs.records import EXAMPLES, fm_logs
+from das_service.logs.records import DATASET_LOGS, fm_logs
 from das_service.logs.streams import create_groups, create_logs, raise_generation
 from das_service.registry import (
     Catalog,
@@ -61,7 +61,7 @@ class Declarations:
             return grown
 
         spec = self._registry.change(dataset_field(dataset), DatasetSpec, update)
-        create_logs(self._client, self._tables, dataset, partitions=spec.partitions, kinds=[EXAMPLES])
+        create_logs(self._client, self._tables, dataset, partitions=spec.partitions, kinds=DATASET_LOGS)
         return spec, is_new
 
     def put_fm(self, dataset: str, fm: str, *, required: bool) -> tuple[FmRecord, bool]:
@@ -75,7 +75,9 @@ class Declarations:
             return (stored or FmRecord(fm=fm, required=required)).model_copy(update={"required": required})
 
         record = self._registry.change(fm_field(dataset, fm), FmRecord, update)
-        create_logs(self._client, self._tables, dataset, partitions=spec.partitions, kinds=[EXAMPLES, *fm_logs(fm)])
+        create_logs(
+            self._client, self._tables, dataset, partitions=spec.partitions, kinds=[*DATASET_LOGS, *fm_logs(fm)]
+        )
         create_groups(self._client, dataset, partitions=spec.partitions, fm=fm)
         return record, is_new
 

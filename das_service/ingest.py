@@ -1,4 +1,4 @@
-"""Valid rows into the log: split by partition, cut into chunks, appended in one round trip, on disk when it returns."""
+"""Valid rows, examples or labels, into their log: by partition, in chunks, in one round trip, on disk at its end."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def encode_chunks(
-    dataset: str, spec: DatasetSpec, batch: pa.RecordBatch, *, traceparent: str | None = None
+    dataset: str, spec: DatasetSpec, batch: pa.RecordBatch, *, kind: str = EXAMPLES, traceparent: str | None = None
 ) -> list[Chunk]:
-    """Give the batch (example_schema) as chunks of its partitions, rows in their order.
+    """Give the batch (the schema of that kind of log) as chunks of its partitions, rows in their order.
 
     traceparent goes with each of them; a repeat of a request is recognised whatever it says.
 
@@ -33,13 +33,12 @@ def encode_chunks(
         TooLargeError: One row alone is larger than a chunk may be.
     """
     chunks = []
+    num_features = len(spec.features) if kind == EXAMPLES else 0
     meta = {} if traceparent is None else {TRACEPARENT: traceparent}
     for partition, part in split_by_partition(batch, spec.partitions):
         for piece, data in _iter_pieces(part):
-            head = head_fields(batch.schema, num_rows=piece, num_features=len(spec.features), meta=meta)
-            chunks.append(
-                Chunk(dataset=dataset, partition=partition, kind=EXAMPLES, data=data, head=head, num_rows=piece)
-            )
+            head = head_fields(batch.schema, num_rows=piece, num_features=num_features, meta=meta)
+            chunks.append(Chunk(dataset=dataset, partition=partition, kind=kind, data=data, head=head, num_rows=piece))
     return chunks
 
 
@@ -88,13 +87,16 @@ def append_rows(
 ) -> Receipt:
     """Append chunks and give the receipt once the server has them on disk.
 
-    max_bytes bounds what lies in the examples log of one partition.
+    max_bytes bounds what lies in the log of one partition.
 
     Raises:
         DasError: A chunk was refused; others may be on disk, and a repeat of the request finds them.
     """
     limits = AppendLimits(
-        epoch=floor.epoch, floors=floor.committed, max_bytes=max_bytes, dedup_seconds=spec.dedup_window_seconds
+        epoch=floor.epoch,
+        floors=floor.committed(chunks[0].kind) if chunks else {},
+        max_bytes=max_bytes,
+        dedup_seconds=spec.dedup_window_seconds,
     )
     appended = append_chunks(client, chunks, limits)
     return Receipt(

@@ -30,6 +30,10 @@ class Metrics:
         self.ingest_rows = Counter(
             "das_ingest_rows", "Rows at the door.", ["dataset", "result", "reason"], registry=registry
         )
+        self.label_rows = Counter(
+            "das_label_rows", "Labels at the door.", ["dataset", "result", "reason"], registry=registry
+        )
+        self.duplicate_labels = Counter("das_duplicate_labels", "Repeats of a label.", ["dataset"], registry=registry)
         self.request_seconds = Histogram(
             "das_request_duration_seconds", "Time of a request.", ["route", "code"], registry=registry
         )

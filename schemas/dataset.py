@@ -88,6 +88,11 @@ class DatasetSpec(BaseModel):
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             if repeated:
                 raise ValueError(f"{kind} names repeat: {', '.join(repeated)}")
+        for task in self.tasks:
+            if task.name in RESERVED_FEATURES or self.feature(task.name) is not None:
+                raise ValueError(
+                    f"task {task.name!r}: its label is a column of this name beside the features; rename it"
+                )
         categories = {f.name for f in self.features if f.type == "category"}
         for key in self.entity_key:
             if key not in categories:
@@ -149,3 +154,16 @@ def example_schema(spec: DatasetSpec, *, num_features: int | None = None) -> pa.
         pa.field("event_time", TIMESTAMP, nullable=False),
     ]
     return pa.schema(head + [pa.field(f.name, f.arrow_type, nullable=f.nullable) for f in features])
+
+
+def label_schema(spec: DatasetSpec) -> pa.Schema:
+    """Give the Arrow schema of a labels chunk in the log: the id, its digest, label_time, then a column per task.
+
+    A label is in [0, 1], and null where the row says nothing of the task.
+    """
+    head = [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("example_digest", DIGEST, nullable=False),
+        pa.field("label_time", TIMESTAMP, nullable=False),
+    ]
+    return pa.schema(head + [pa.field(task.name, pa.float32()) for task in spec.tasks])

@@ -15,7 +15,9 @@ from schemas.snapshot import OutputColumns
 
 FORMAT = 1
 EXAMPLES = "examples"
+LABELS = "labels"
 EXAMPLE_HASH = "_example_hash"
+LABEL_HASH = "_label_hash"
 EVENT_DAY = "event_day"
 
 
@@ -48,6 +50,22 @@ def examples_table_schema(spec: DatasetSpec) -> pa.Schema:
         else:
             features.append(pa.field(feature.name, feature.arrow_type))
     return pa.schema([*head, *features, pa.field(EXAMPLE_HASH, pa.int64())])
+
+
+def labels_table_schema(spec: DatasetSpec) -> pa.Schema:
+    """Give the schema of `labels`: whatever was said of an example's outcomes. event_day is that of label_time.
+
+    `_label_hash` stands for what a row says, all of it: a row that says the same is a repeat.
+    """
+    head = [
+        pa.field("example_id", pa.string()),
+        pa.field("label_time", TIMESTAMP),
+        pa.field("received_at", TIMESTAMP),
+        pa.field("log_position", pa.int64()),
+        pa.field(EVENT_DAY, pa.date32()),
+    ]
+    tasks = [pa.field(task.name, pa.float32()) for task in spec.tasks]
+    return pa.schema([*head, *tasks, pa.field(LABEL_HASH, pa.int64()), pa.field(EXAMPLE_HASH, pa.int64())])
 
 
 def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:

@@ -67,7 +67,7 @@ class Feeding:
         self.folder = Folder(self.settings.tables_uri)
         self.registry = Registry(self.client, self.folder)
         self.declare(self.spec)
-        self.create_logs(["examples"])
+        self.create_logs(records.DATASET_LOGS)
 
     @property
     def epoch(self) -> int:

@@ -81,7 +81,8 @@ class Api:
     http: TestClient
 
     def declare(self, dataset: str = "ads", spec: Mapping[str, Any] = SPEC) -> None:
-        assert self.http.put(f"/v1/datasets/{dataset}", json=spec).is_success
+        answer = self.http.put(f"/v1/datasets/{dataset}", json=spec)
+        assert answer.is_success, answer.text
 
     def declare_fm(self, fm: str = "f", dataset: str = "ads", *, required: bool = True) -> None:
         assert self.http.put(f"/v1/datasets/{dataset}/fms/{fm}", json={"required": required}).is_success

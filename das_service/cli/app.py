@@ -7,7 +7,7 @@ import typer
 from das_service.cli.augment import augment
 from das_service.cli.dataset import dataset_app
 from das_service.cli.dead_letters import dead_letters_app
-from das_service.cli.ingest import ingest
+from das_service.cli.ingest import ingest, labels
 from das_service.cli.lookup import lookup
 from das_service.cli.output import PlainGroup
 from das_service.cli.roles import api, compact, demo, recover, sink, up, worker
@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     app.command(rich_help_panel=_RUN, context_settings=handed_on)(demo)
     app.add_typer(dataset_app, name="dataset", rich_help_panel=_USE)
     app.command(rich_help_panel=_USE)(ingest)
+    app.command(rich_help_panel=_USE)(labels)
     app.command(rich_help_panel=_USE)(lookup)
     app.command(rich_help_panel=_USE)(augment)
     app.add_typer(fm_app, name="fm", rich_help_panel=_USE)

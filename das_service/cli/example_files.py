@@ -1,4 +1,4 @@
-"""Files of examples as chunks of Arrow rows: Parquet, Arrow and lines of JSON, read as they are needed.
+"""Files of examples or labels as chunks of Arrow rows: Parquet, Arrow and lines of JSON, read as they are needed.
 
 The dataset's declaration settles the types where the file does not: JSON values are read as the declared types, and a
 vector that a file holds as a plain list becomes a list of the declared size.
@@ -45,17 +45,16 @@ class ExampleFile:
 
 @contextlib.contextmanager
 def open_examples(
-    path: str, *, stdin: IO[bytes], file_format: FileFormat | None, spec: Mapping[str, Any], rows: int
+    path: str, *, stdin: IO[bytes], file_format: FileFormat | None, types: Mapping[str, pa.DataType], rows: int
 ) -> Iterator[ExampleFile]:
     """Give the rows of a file (`-`: of stdin) in pieces of about `rows` rows.
 
-    The format is told by the file's suffix, else by its first bytes. spec: the dataset's declaration.
+    The format is told by the file's suffix, else by its first bytes. types: as example_types or label_types gives them.
 
     Raises:
         ExampleFileError: The format is unknown, or can't be read from stdin.
         FileNotFoundError: There is no such file.
     """
-    types = _declared_types(spec)
     with io.BufferedReader(cast("io.RawIOBase", stdin)) if path == "-" else Path(path).open("rb") as source:
         found = file_format or _BY_SUFFIX.get(Path(path).suffix.lower()) or _sniff(source, path)
         if found == "parquet":
@@ -84,8 +83,14 @@ def _sniff(source: IO[bytes], path: str) -> FileFormat:
     raise ExampleFileError(f"{path} is neither Parquet nor Arrow nor lines of JSON: say which with --format")
 
 
-def _declared_types(spec: Mapping[str, Any]) -> dict[str, pa.DataType]:
-    """Give the Arrow type in which a declared column is handed in."""
+def label_types(spec: Mapping[str, Any]) -> dict[str, pa.DataType]:
+    """Give the Arrow types in which the columns of labels are handed in. spec: the dataset's declaration."""
+    tasks = {task["name"]: pa.float64() for task in spec["tasks"]}
+    return {"example_id": pa.string(), "label_time": TIMESTAMP, **tasks}
+
+
+def example_types(spec: Mapping[str, Any]) -> dict[str, pa.DataType]:
+    """Give the Arrow types in which the columns of examples are handed in. spec: the dataset's declaration."""
     types: dict[str, pa.DataType] = {"example_id": pa.string(), "event_time": TIMESTAMP}
     for feature in spec["features"]:
         value = pa.int64() if feature.get("value_type") == "int64" else pa.string()

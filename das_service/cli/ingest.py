@@ -1,31 +1,36 @@
-"""`das ingest`: hand in a file of examples, in bulk."""
+"""`das ingest` and `das labels`: hand in a file of examples, or of their outcomes, in bulk."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from das_service.cli.output import REFUSED, AsJson, InputError, Url, say, say_json, warn
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from das_service.client.ingest import IngestResult
 
 _SHOWN_REASONS = 10
 _HARMLESS = "(rows before it may be stored already; handing all in again changes nothing)"
 _FORMATS = ("parquet", "arrow", "ndjson")
+_Format = Annotated[
+    str | None, typer.Option("--format", help="parquet, arrow or ndjson; default: by suffix or content.")
+]
+_Concurrency = Annotated[int, typer.Option(min=1, max=32, help="Requests in flight at once.")]
+_RowsPerRequest = Annotated[int, typer.Option(min=1, max=100_000, help="Rows of one request.")]
 
 
 def ingest(
     dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
     file: Annotated[str, typer.Argument(help="File of examples, `-` for stdin.")],
-    file_format: Annotated[
-        str | None, typer.Option("--format", help="parquet, arrow or ndjson; default: by suffix or content.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=32, help="Requests in flight at once.")] = 2,
-    rows_per_request: Annotated[int, typer.Option(min=1, max=100_000, help="Rows of one request.")] = 5_000,
+    file_format: _Format = None,
+    concurrency: _Concurrency = 2,
+    rows_per_request: _RowsPerRequest = 5_000,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +43,49 @@ def ingest(
 
     Example: zcat log.ndjson.gz | das ingest ads -
     """
+    from das_service.cli.example_files import example_types
+
+    _hand_in(
+        dataset, file, file_format, example_types, concurrency, rows_per_request, url, is_labels=False, as_json=as_json
+    )
+
+
+def labels(
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    file: Annotated[str, typer.Argument(help="File of labels, `-` for stdin.")],
+    file_format: _Format = None,
+    concurrency: _Concurrency = 2,
+    rows_per_request: _RowsPerRequest = 5_000,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand in a file of labels: Parquet, an Arrow stream or file, or one JSON object a line.
+
+    Columns are example_id, label_time and the dataset's tasks, each a number from 0 to 1 or null. A row counts as
+    accepted once it is on disk; rows with bad values are left out and the exit code is 1. Handing in the same again
+    changes nothing.
+
+    Example: das labels ads clicks.parquet
+    """
+    from das_service.cli.example_files import label_types
+
+    _hand_in(
+        dataset, file, file_format, label_types, concurrency, rows_per_request, url, is_labels=True, as_json=as_json
+    )
+
+
+def _hand_in(
+    dataset: str,
+    file: str,
+    file_format: str | None,
+    types_of: "Callable[[Mapping[str, Any]], dict[str, pa.DataType]]",
+    concurrency: int,
+    rows_per_request: int,
+    url: str | None,
+    *,
+    is_labels: bool,
+    as_json: bool,
+) -> None:
     from das_service.cli.example_files import ExampleFileError, open_examples
     from das_service.client import Client
 
@@ -45,21 +93,22 @@ def ingest(
         raise InputError(f"--format {file_format} is not one of {', '.join(_FORMATS)}")
     started = time.monotonic()
     with Client(url) as client:
-        spec = client.get_dataset(dataset)
+        types = types_of(client.get_dataset(dataset))
+        send = client.label_batches if is_labels else client.ingest_batches
         try:
             with (
                 open_examples(
                     file,
                     stdin=sys.stdin.buffer,
                     file_format=file_format,  # type: ignore[arg-type]
-                    spec=spec,
+                    types=types,
                     rows=rows_per_request,
-                ) as examples,
-                _progress(examples.num_rows) as progress,
+                ) as rows,
+                _progress(rows.num_rows) as progress,
             ):
-                result = client.ingest_batches(
+                result = send(
                     dataset,
-                    examples.tables,
+                    rows.tables,
                     concurrency=concurrency,
                     rows_per_request=rows_per_request,
                     on_progress=progress,

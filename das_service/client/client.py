@@ -163,6 +163,45 @@ class Client:
             on_progress=on_progress,
         )
 
+    def labels(
+        self,
+        dataset: str,
+        data: Any,  # noqa: ANN401 - whatever holds a table
+        *,
+        on_error: Literal["skip", "abort"] = "skip",
+    ) -> IngestResult:
+        """Hand in labels and give what became of them; accepted ones are on disk.
+
+        data: one table of at most 5,000 or so rows with example_id, label_time (aware) and a column per task, from 0 to
+        1, null where nothing is said.
+
+        Raises:
+            RowsRefusedError: No label was stored.
+        """
+        call = Call(
+            method="POST",
+            path=f"/v1/datasets/{dataset}/labels",
+            params={"on_error": on_error},
+            headers={"Content-Type": ARROW_STREAM, "Accept": "application/json"},
+            content=write_table(to_table(data)),
+        )
+        return parse_ingest_result(self._caller.send(call).json())
+
+    def label_batches(
+        self,
+        dataset: str,
+        data: Any,  # noqa: ANN401 - a table, or an iterable of tables
+        *,
+        concurrency: int = 2,
+        rows_per_request: int = ROWS_PER_REQUEST,
+        on_progress: Callable[[IngestResult], None] | None = None,
+    ) -> IngestResult:
+        """Hand in any number of labels, as ingest_batches does examples, and give one account of all."""
+        chunks = iter_chunks(data, rows=rows_per_request)
+        return ingest_chunks(
+            lambda chunk: self.labels(dataset, chunk), chunks, concurrency=concurrency, on_progress=on_progress
+        )
+
     # ---- supervision
 
     def lookup(

@@ -37,6 +37,32 @@ def lookup_differences(schema: pa.Schema) -> list[dict[str, str]]:
     return found + [_difference(name, "type", problem) for name, problem in problems.items() if problem]
 
 
+def label_differences(schema: pa.Schema, spec: DatasetSpec) -> list[dict[str, str]]:
+    """Give what is wrong with the columns of labels; those that are no task are told row by row, where they say any."""
+    found = [_difference(name, "repeated", "the column is there twice") for name in _repeated(schema)]
+    found += [
+        _difference(name, "missing", "the column is missing")
+        for name in ("example_id", "label_time")
+        if name not in schema.names
+    ]
+    tasks = {task.name for task in spec.tasks}
+    for field in schema:
+        if field.name == "label_time":
+            problem = _time_problem(field.type)
+        elif field.name == "example_id":
+            problem = _id_problem(field.type)
+        else:
+            problem = _label_problem(field.type) if field.name in tasks else None
+        if problem:
+            found.append(_difference(field.name, "type", problem))
+    return found
+
+
+def _label_problem(kind: pa.DataType) -> str | None:
+    is_number = pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    return None if is_number else f"it is {kind}; float32 is wanted, from 0 to 1"
+
+
 def augment_differences(schema: pa.Schema, added: Collection[str]) -> list[dict[str, str]]:
     """Give what is wrong with the columns of a table to augment: example_id, event_time, and any that we do not add."""
     found = [_difference(name, "repeated", "the column is there twice") for name in _repeated(schema)]
@@ -166,10 +192,12 @@ def id_column(schema: pa.Schema, batches: Sequence[pa.RecordBatch], budget: Budg
     return _plain_column([batch.column(index) for batch in batches], pa.string(), budget)
 
 
-def time_column(schema: pa.Schema, batches: Sequence[pa.RecordBatch], errors: RowErrors) -> pa.Array:
-    """Give event_time alone in microseconds UTC; refuses rows as canonical_times does."""
-    index = schema.get_field_index("event_time")
-    return canonical_times(_one_array([batch.column(index) for batch in batches], TIMESTAMP), errors)
+def time_column(
+    schema: pa.Schema, batches: Sequence[pa.RecordBatch], errors: RowErrors, *, name: str = "event_time"
+) -> pa.Array:
+    """Give a column of times alone in microseconds UTC; refuses rows as canonical_times does."""
+    index = schema.get_field_index(name)
+    return canonical_times(_one_array([batch.column(index) for batch in batches], TIMESTAMP), errors, name=name)
 
 
 def null_column(feature: Feature, num_rows: int, budget: Budget) -> pa.Array:
@@ -236,7 +264,7 @@ def _without_views(array: pa.Array) -> pa.Array:
     return array
 
 
-def canonical_times(array: pa.Array, errors: RowErrors) -> pa.Array:
+def canonical_times(array: pa.Array, errors: RowErrors, *, name: str = "event_time") -> pa.Array:
     """Give timestamps of any unit and zone in microseconds UTC; refuses rows that this can't say exactly."""
     per_second = _PER_SECOND[array.type.unit]
     ticks = fixed_width_values(array, np.dtype("<i8"))
@@ -246,7 +274,7 @@ def canonical_times(array: pa.Array, errors: RowErrors) -> pa.Array:
         microseconds, rest = np.divmod(ticks, per_second // _PER_SECOND["us"])
         inexact = (rest != 0) & valid_mask(array)
         errors.refuse(
-            inexact, column="event_time", code="inexact_time", message="it is finer than a microsecond; round it first"
+            inexact, column=name, code="inexact_time", message="it is finer than a microsecond; round it first"
         )
     else:
         factor = _PER_SECOND["us"] // per_second

@@ -97,8 +97,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def parse_examples(body: bytes, *, max_bytes: int, max_rows: int) -> list[dict[str, Any]]:
-    """Give the rows of `{"examples": [...]}` or of a bare list.
+def parse_rows(body: bytes, member: str, *, max_bytes: int, max_rows: int) -> list[dict[str, Any]]:
+    """Give the rows of `{"<member>": [...]}` or of a bare list.
 
     Raises:
         BadRequestError: It is not JSON.
@@ -107,17 +107,17 @@ def parse_examples(body: bytes, *, max_bytes: int, max_rows: int) -> list[dict[s
     """
     content = parse_json(body, max_bytes=max_bytes)
     if isinstance(content, dict):
-        unknown = sorted(set(content) - {"examples"})
-        if unknown or "examples" not in content:
-            raise _mismatch([_difference("examples", "shape", 'the body is not {"examples": [...]}')])
-        content = content["examples"]
+        unknown = sorted(set(content) - {member})
+        if unknown or member not in content:
+            raise _mismatch([_difference(member, "shape", f'the body is not {{"{member}": [...]}}')])
+        content = content[member]
     if not isinstance(content, list):
-        raise _mismatch([_difference("examples", "shape", "examples is not a list")])
+        raise _mismatch([_difference(member, "shape", f"{member} is not a list")])
     if len(content) > max_rows:
         raise TooLargeError(f"the body has more than the {max_rows} rows that a request may")
     for number, row in enumerate(content):
         if not isinstance(row, dict):
-            raise _mismatch([_difference("examples", "shape", f"row {number} is not an object")])
+            raise _mismatch([_difference(member, "shape", f"row {number} is not an object")])
     return content
 
 
@@ -165,6 +165,34 @@ def columns_of_rows(
             columns[feature.name] = null_column(feature, len(rows), budget)
     if differences:
         raise _mismatch(differences)
+    return columns
+
+
+def label_columns_of_rows(
+    rows: Sequence[dict[str, Any]], spec: DatasetSpec, *, budget: Budget, errors: RowErrors
+) -> dict[str, pa.Array]:
+    """Give example_id, label_time and the tasks (float64) of labels; keys that are no task are left to the caller.
+
+    Raises:
+        InvalidRowsError: schema_mismatch: no row has an id or a time, or a value has another type than its column.
+    """
+    present: set[str] = set().union(*rows)
+    gathering = _Gathering(
+        errors,
+        [_difference(name, "missing", "the column is missing") for name in ("example_id", "label_time")
+         if rows and name not in present],
+        budget,
+    )  # fmt: skip
+    columns = {
+        "example_id": _strings([row.get("example_id") for row in rows], "example_id", gathering),
+        "label_time": _times([row.get("label_time") for row in rows], gathering, name="label_time"),
+    }
+    for task in spec.tasks:
+        if task.name in present:
+            budget.spend(8 * len(rows))
+            columns[task.name] = _numbers([row.get(task.name) for row in rows], task.name, gathering)
+    if gathering.differences:
+        raise _mismatch(gathering.differences)
     return columns
 
 
@@ -226,8 +254,8 @@ def _refuse(gathering: _Gathering, rows: Sequence[int], column: str, code: str, 
     gathering.errors.refuse_rows(rows, column=column, code=code, message=message)
 
 
-def _times(values: list[Any], gathering: _Gathering) -> pa.Array:
-    if not _has_only(values, {str}, "event_time", "an RFC 3339 string", gathering):
+def _times(values: list[Any], gathering: _Gathering, name: str = "event_time") -> pa.Array:
+    if not _has_only(values, {str}, name, "an RFC 3339 string", gathering):
         return pa.nulls(len(values), TIMESTAMP)
     micros: list[int | None] = []
     malformed, inexact = [], []
@@ -239,8 +267,8 @@ def _times(values: list[Any], gathering: _Gathering) -> pa.Array:
             malformed.append(row)
         elif match is not None and (match[4] or "").strip("0"):
             inexact.append(row)
-    _refuse(gathering, malformed, "event_time", "malformed_time", _NO_TIME)
-    _refuse(gathering, inexact, "event_time", "inexact_time", _INEXACT)
+    _refuse(gathering, malformed, name, "malformed_time", _NO_TIME)
+    _refuse(gathering, inexact, name, "inexact_time", _INEXACT)
     return pa.array(micros, pa.int64()).cast(TIMESTAMP)
 
 
@@ -259,6 +287,12 @@ def _microseconds(match: "re.Match[str]") -> int | None:
 
 def _floats(values: list[Any], feature: Feature, gathering: _Gathering) -> pa.Array:
     if not _has_only(values, {int, float}, feature.name, "a number", gathering):
+        return pa.nulls(len(values), pa.float64())
+    return pa.array([None if value is None else _as_float(value) for value in values], pa.float64(), from_pandas=False)
+
+
+def _numbers(values: list[Any], name: str, gathering: _Gathering) -> pa.Array:
+    if not _has_only(values, {int, float, bool}, name, "a number from 0 to 1", gathering):
         return pa.nulls(len(values), pa.float64())
     return pa.array([None if value is None else _as_float(value) for value in values], pa.float64(), from_pandas=False)
 

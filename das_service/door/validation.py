@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from das_service.door.arrow_body import Budget, read_batches
 from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, schema_differences, valid_mask, value_bytes
-from das_service.door.json_body import BEYOND_FLOAT32, JSON_SHARE, columns_of_rows, parse_examples
+from das_service.door.json_body import BEYOND_FLOAT32, JSON_SHARE, columns_of_rows, parse_rows
 from das_service.door.row_errors import MAX_LISTED, RowErrors
 from das_service.errors import InvalidRowsError
 from schemas import keys
@@ -78,10 +78,10 @@ def validate_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us
 
 def validate_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
     """Give the rows of a JSON body that may be stored; raises as validate_arrow does."""
-    rows = parse_examples(body, max_bytes=limits.max_decoded_bytes // JSON_SHARE, max_rows=limits.max_rows)
+    rows = parse_rows(body, "examples", max_bytes=limits.max_decoded_bytes // JSON_SHARE, max_rows=limits.max_rows)
     errors = RowErrors(len(rows))
     if not rows:
-        raise _empty()
+        raise no_rows()
     columns = columns_of_rows(rows, spec, budget=limits.budget(), errors=errors)
     return check_rows(columns, spec, errors=errors, now_us=now_us)
 
@@ -108,9 +108,9 @@ def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: Ro
     """
     ids = columns["example_id"]
     if len(ids) == 0:
-        raise _empty()
-    _check_ids(ids, errors)
-    _check_times(columns["event_time"], spec, now_us=now_us, errors=errors)
+        raise no_rows()
+    check_ids(ids, errors)
+    check_times(columns["event_time"], spec, now_us=now_us, errors=errors)
     for feature in spec.features:
         _check_feature(columns[feature.name], feature, errors)
     arrays = [columns["example_id"], columns["event_time"], *[columns[f.name] for f in spec.features]]
@@ -135,11 +135,13 @@ def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: Ro
     )
 
 
-def _empty() -> InvalidRowsError:
+def no_rows() -> InvalidRowsError:
+    """Give the refusal of a request without rows."""
     return InvalidRowsError("the request has no rows", code="empty")
 
 
-def _check_ids(ids: pa.Array, errors: RowErrors) -> None:
+def check_ids(ids: pa.Array, errors: RowErrors) -> None:
+    """Refuse rows whose example_id is null, empty or too long."""
     _check_nulls(ids, "example_id", errors)
     lengths = value_bytes(ids)
     is_empty = (lengths == 0) & valid_mask(ids)
@@ -153,18 +155,21 @@ def _check_nulls(array: pa.Array, column: str, errors: RowErrors) -> None:
         errors.refuse(~validity(array), column=column, code="null", message="it is null")
 
 
-def _check_times(times: pa.Array, spec: DatasetSpec, *, now_us: int, errors: RowErrors) -> None:
-    _check_nulls(times, "event_time", errors)
+def check_times(
+    times: pa.Array, spec: DatasetSpec, *, now_us: int, errors: RowErrors, name: str = "event_time"
+) -> None:
+    """Refuse rows whose time is null, or outside what the dataset takes."""
+    _check_nulls(times, name, errors)
     microseconds = fixed_width_values(times, np.dtype("<i8"))
     valid = valid_mask(times)
     latest = min(now_us + spec.max_future_seconds * 1_000_000, LAST_US)
     message = f"it is more than {spec.max_future_seconds} s ahead of the server's clock"
-    errors.refuse((microseconds > latest) & valid, column="event_time", code="time_in_future", message=message)
+    errors.refuse((microseconds > latest) & valid, column=name, code="time_in_future", message=message)
     earliest, message = FIRST_US, "it is before the year 1"
     if spec.max_age_days is not None:
         earliest = max(FIRST_US, now_us - spec.max_age_days * _DAY_US)
         message = f"it is more than {spec.max_age_days} days ago"
-    errors.refuse((microseconds < earliest) & valid, column="event_time", code="time_too_old", message=message)
+    errors.refuse((microseconds < earliest) & valid, column=name, code="time_too_old", message=message)
 
 
 def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import redis
 
 from das_service.logs.log_guard import Floor
-from das_service.logs.records import EXAMPLES, fm_logs, rescore_log
+from das_service.logs.records import DATASET_LOGS, EXAMPLES, fm_logs, rescore_log
 from das_service.logs.streams import LogCounters, entries_after, follows, read_counters, read_groups
 from das_service.redis_client import ScriptCall, run_scripts, script
 from das_service.registry import Catalog
@@ -43,7 +43,7 @@ class DatasetBacklog:
 
 def log_kinds(catalog: Catalog, dataset: str) -> tuple[str, ...]:
     """Give the kinds of logs that a dataset has."""
-    return (EXAMPLES, *[kind for fm in catalog.fms.get(dataset, {}) for kind in fm_logs(fm)])
+    return (*DATASET_LOGS, *[kind for fm in catalog.fms.get(dataset, {}) for kind in fm_logs(fm)])
 
 
 def read_backlog(client: redis.Redis, catalog: Catalog, dataset: str, floor: Floor | None) -> DatasetBacklog:
@@ -56,11 +56,12 @@ def read_backlog(client: redis.Redis, catalog: Catalog, dataset: str, floor: Flo
         kept[kind] += counted.kept_bytes
     unfinished: dict[tuple[str, str], int] = {}
     if floor is not None:
-        unfinished[EXAMPLES, SINK] = sum(
-            entries_after(floor.positions.get(p), counters[p, EXAMPLES])
-            for p in partitions
-            if (p, EXAMPLES) in counters
-        )
+        for kind in DATASET_LOGS:
+            unfinished[kind, SINK] = sum(
+                entries_after(floor.positions[kind].get(p), counters[p, kind])
+                for p in partitions
+                if (p, kind) in counters
+            )
     fms = list(catalog.fms.get(dataset, {}))
     for kind in (EXAMPLES, *[rescore_log(fm) for fm in fms]):
         unfinished |= _unfinished_by_group(client, dataset, partitions, kind, counters)

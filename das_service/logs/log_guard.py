@@ -13,7 +13,7 @@ import redis
 
 from das_service.errors import UnavailableError
 from das_service.folder import Folder
-from das_service.logs.records import EXAMPLES, read_logs_file, read_mark
+from das_service.logs.records import DATASET_LOGS, read_logs_file, read_mark, table_of_log
 from das_service.logs.streams import LogProblem, check_logs, refuse_problems
 from das_service.registry import Catalog, Registry, parse_catalog, read_catalog, read_revision
 from schemas.entries import Position
@@ -21,15 +21,15 @@ from schemas.entries import Position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """What an append to a dataset's examples is checked against: the epoch, and how far the table has the log."""
+    """What an append to a dataset is checked against: epoch, logs, and per kind of log how far its table has it."""
 
     epoch: int
-    positions: Mapping[int, Position | None]
+    logs: tuple[str, ...]
+    positions: Mapping[str, Mapping[int, Position | None]]
 
-    @property
-    def committed(self) -> dict[int, int]:
-        """Per partition the committed sequence number of this epoch, if there is one."""
-        return {p: at.seq for p, at in self.positions.items() if at is not None and at.epoch == self.epoch}
+    def committed(self, kind: str) -> dict[int, int]:
+        """Give per partition the committed sequence number of this epoch, if there is one."""
+        return {p: at.seq for p, at in self.positions[kind].items() if at is not None and at.epoch == self.epoch}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +143,9 @@ def _read_floor(folder: Folder, dataset: str) -> Floor | None:
     logs = read_logs_file(folder, dataset)
     if logs is None:
         return None
-    mark = read_mark(folder, dataset, EXAMPLES)
-    return Floor(epoch=logs.epoch, positions={} if mark is None else mark.positions)
+    marks = {kind: read_mark(folder, dataset, table_of_log(kind) or kind) for kind in DATASET_LOGS}
+    positions = {kind: {} if mark is None else mark.positions for kind, mark in marks.items()}
+    return Floor(epoch=logs.epoch, logs=logs.logs, positions=positions)
 
 
 def _again(error: UnavailableError) -> UnavailableError:

@@ -7,6 +7,8 @@ from das_service.folder import Folder
 from schemas.entries import Position, parse_position
 
 EXAMPLES = "examples"
+LABELS = "labels"
+DATASET_LOGS = (EXAMPLES, LABELS)
 LOGS_FORMAT = 1
 MARK_FORMAT = 1
 
@@ -119,4 +121,4 @@ def write_mark(folder: Folder, dataset: str, table: str, mark: Mark) -> None:
 def table_of_log(kind: str) -> str | None:
     """Give the table that the sink writes a log to; a rescore log has none."""
     name, _, fm = kind.partition(":")
-    return {EXAMPLES: EXAMPLES, "scored": f"supervision/{fm}", "dead": f"dead_letters/{fm}"}.get(name)
+    return {EXAMPLES: EXAMPLES, LABELS: LABELS, "scored": f"supervision/{fm}", "dead": f"dead_letters/{fm}"}.get(name)

@@ -7,13 +7,19 @@ from typing import Any
 
 import redis
 
-from das_service.logs.records import EXAMPLES, LogsFile, dead_log, scored_log, table_of_log
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log, table_of_log
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.registry import Catalog, FmRecord
 from das_service.sink.feed import Feed, FeedWork
 from das_service.sink.rescore import Rescorer, keep_starts, leave_log
-from das_service.sink.table_rows import TableContent, dead_letters_content, examples_content, supervision_content
+from das_service.sink.table_rows import (
+    TableContent,
+    dead_letters_content,
+    examples_content,
+    labels_content,
+    supervision_content,
+)
 from das_service.sink.trimming import Trimmer, kinds_of
 from das_service.tables.durable_table import DurableTable
 from schemas import keys
@@ -139,7 +145,7 @@ class DatasetSink:
 
     def _contents(self) -> dict[str, TableContent]:
         granularity = self._spec.table_granularity
-        contents = {EXAMPLES: examples_content(self._spec)}
+        contents = {EXAMPLES: examples_content(self._spec), LABELS: labels_content(self._spec)}
         for fm, record in self._fms.items():
             if record.outputs is not None:
                 contents[scored_log(fm)] = supervision_content(record.outputs, granularity)

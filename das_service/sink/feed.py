@@ -19,7 +19,7 @@ import redis
 from deltalake.exceptions import DeltaError
 
 from das_service.folder import Folder
-from das_service.logs.records import EXAMPLES, LogsFile
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile
 from das_service.logs.streams import LogCounters, read_after, read_raw_after
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
@@ -291,7 +291,7 @@ class Feed:
         self._report_freshness(rows)
 
     def _settle(self, rows: pa.Table) -> Verdict:
-        return settle_identity(rows, self.known_rows(rows), self._work.duck)
+        return settle_identity(rows, self.known_rows(rows), self._work.duck, self._content.key)
 
     def _count_mended(self, rows: pa.Table) -> int:
         """Give how many of these rows are of examples that have the FM's other outcome too, a score or a failure."""
@@ -366,6 +366,8 @@ class Feed:
         if name == EXAMPLES:
             metrics.duplicates.labels(dataset).inc(added["duplicates"])
             metrics.conflicting.labels(dataset).inc(added["conflicting"])
+        elif name == LABELS:
+            metrics.duplicate_labels.labels(dataset).inc(added["duplicates"])
         elif name == "supervision":
             metrics.scored_rows.labels(dataset, fm).inc(added["rows"])
 

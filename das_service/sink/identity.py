@@ -19,16 +19,28 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from das_service.tables.duck import Duck
-from schemas.tables import EVENT_DAY, EXAMPLE_HASH
+from schemas.tables import EVENT_DAY, EXAMPLE_HASH, LABEL_HASH
 
 CONTENT_HASH = "content_hash"
 Known: TypeAlias = "Sequence[str] | pads.Dataset"
 Int64s: TypeAlias = NDArray[np.int64]
-_HITS = f"SELECT DISTINCT k.{EXAMPLE_HASH} FROM {{source}} k SEMI JOIN asked a ON k.{EXAMPLE_HASH} = a.{EXAMPLE_HASH}"  # noqa: S608 - names of our own
+_HITS = "SELECT DISTINCT k.{hash} FROM {source} k SEMI JOIN asked a ON k.{hash} = a.{hash}"
 _STORED = (
-    f"SELECT a.row, k.event_time{{content}} FROM {{source}} k JOIN asked a ON k.{EXAMPLE_HASH} = a.{EXAMPLE_HASH} "  # noqa: S608
+    "SELECT a.row, k.{time} AS time{content} FROM {source} k JOIN asked a ON k.{hash} = a.{hash} "  # noqa: S608
     f"AND k.example_id = a.example_id AND k.{EVENT_DAY} = a.{EVENT_DAY}"
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What makes two rows of one event day the same: example_id, and a hash of all that is compared."""
+
+    hash: str
+    time: str
+
+
+EXAMPLE = Key(hash=EXAMPLE_HASH, time="event_time")
+LABEL = Key(hash=LABEL_HASH, time="label_time")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +52,18 @@ class Verdict:
     conflicting: Int64s
 
 
-def settle_identity(rows: pa.Table, known: Known, duck: Duck) -> Verdict:
+def settle_identity(rows: pa.Table, known: Known, duck: Duck, key: Key = EXAMPLE) -> Verdict:
     """Give which rows enter the table.
 
-    rows: in log order, with example_id, event_time, event_day, `_example_hash`, and content_hash or not.
+    rows: in log order, with example_id, event_day, the key's time and hash, and content_hash or not.
     known: Parquet files (or, off this machine, a dataset) of the event days that rows touch; event_day is in the path.
     """
-    first = first_of_example(rows)
-    times = _microseconds(rows["event_time"])
+    first = first_of_key(rows, key)
+    times = _microseconds(rows[key.time])
     contents = rows[CONTENT_HASH].to_numpy() if CONTENT_HASH in rows.column_names else None
     winner_times = times[first]
     winner_contents = None if contents is None else contents[first]
-    stored = _stored(rows, first, known, duck, with_content=contents is not None)
+    stored = _stored(rows, first, known, duck, key, with_content=contents is not None)
     numbers = np.arange(len(first))
     kept = first == numbers
     if stored is not None and stored.num_rows:
@@ -60,7 +72,7 @@ def settle_identity(rows: pa.Table, known: Known, duck: Duck) -> Verdict:
         place = place[first]
         is_stored = place >= 0
         kept &= ~is_stored
-        winner_times[is_stored] = _microseconds(stored["event_time"])[place[is_stored]]
+        winner_times[is_stored] = _microseconds(stored["time"])[place[is_stored]]
         if winner_contents is not None:
             winner_contents[is_stored] = stored[CONTENT_HASH].to_numpy()[place[is_stored]]
     same = np.ones(len(first), bool)
@@ -71,9 +83,9 @@ def settle_identity(rows: pa.Table, known: Known, duck: Duck) -> Verdict:
     )
 
 
-def first_of_example(rows: pa.Table) -> Int64s:
-    """Give for each row the number of the first row of its example in this batch (its own number, mostly)."""
-    hashes = rows[EXAMPLE_HASH].to_numpy()
+def first_of_key(rows: pa.Table, key: Key) -> Int64s:
+    """Give for each row the number of the first row of its key in this batch (its own number, mostly)."""
+    hashes = rows[key.hash].to_numpy()
     first = np.arange(len(hashes))
     ordered = np.sort(hashes)
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
@@ -83,21 +95,23 @@ def first_of_example(rows: pa.Table) -> Int64s:
     ids = rows["example_id"].take(pa.array(places)).combine_chunks().dictionary_encode().indices.to_numpy()
     days = _day_numbers(rows[EVENT_DAY])[places]
     span = int(days.max() - days.min()) + 1
-    _, start, inverse = np.unique(
-        ids.astype(np.int64) * span + (days - days.min()), return_index=True, return_inverse=True
-    )
+    _, kinds = np.unique(hashes[places], return_inverse=True)
+    of_day = ids.astype(np.int64) * span + (days - days.min())
+    _, start, inverse = np.unique(np.stack([of_day, kinds]), axis=1, return_index=True, return_inverse=True)
     first[places] = places[start[inverse]]
     return first
 
 
-def _stored(rows: pa.Table, first: Int64s, known: Known, duck: Duck, *, with_content: bool) -> pa.Table | None:
+def _stored(
+    rows: pa.Table, first: Int64s, known: Known, duck: Duck, key: Key, *, with_content: bool
+) -> pa.Table | None:
     """Give (row, event_time, content_hash) of the rows whose example the table has; None if it has none.
 
     Most commits have no hit, and then only the hashes are read: 15 ms instead of 70 for 50,000 rows in a day of 1 M.
     """
     if not isinstance(known, pads.Dataset) and not known:
         return None
-    asked = rows.select(["example_id", EVENT_DAY, EXAMPLE_HASH])
+    asked = rows.select(["example_id", EVENT_DAY, key.hash])
     numbers = np.arange(len(first))
     asked = asked.append_column("row", pa.array(numbers))
     if not np.array_equal(first, numbers):
@@ -110,12 +124,13 @@ def _stored(rows: pa.Table, first: Int64s, known: Known, duck: Duck, *, with_con
             source = "read_parquet($files, hive_partitioning = true, hive_types = {'event_day': DATE})"
             parameters = {"files": list(known)}
         cursor.register("asked", asked)
-        hits = cursor.sql(_HITS.format(source=source), params=parameters).to_arrow_table()
+        hits = cursor.sql(_HITS.format(source=source, hash=key.hash), params=parameters).to_arrow_table()
         if hits.num_rows == 0:
             return None
-        cursor.register("asked", asked.filter(pc.is_in(asked[EXAMPLE_HASH], hits[EXAMPLE_HASH].combine_chunks())))
+        cursor.register("asked", asked.filter(pc.is_in(asked[key.hash], hits[key.hash].combine_chunks())))
         content = f", k.{CONTENT_HASH}" if with_content else ""
-        return cursor.sql(_STORED.format(source=source, content=content), params=parameters).to_arrow_table()
+        stored = _STORED.format(source=source, content=content, hash=key.hash, time=key.time)
+        return cursor.sql(stored, params=parameters).to_arrow_table()
 
 
 def _microseconds(times: pa.ChunkedArray) -> Int64s:

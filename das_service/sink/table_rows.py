@@ -12,18 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from das_service.sink.identity import EXAMPLE, LABEL, Key
 from schemas import keys
-from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
+from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema, label_schema
 from schemas.entries import Entry
 from schemas.hashing import content_hash
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.tables import (
     EVENT_DAY,
     EXAMPLE_HASH,
+    LABEL_HASH,
     dead_letters_table_schema,
     dead_schema,
     event_days,
     examples_table_schema,
+    labels_table_schema,
     supervision_table_schema,
 )
 
@@ -66,6 +69,24 @@ def supervision_rows(entries: Sequence[Entry], outputs: OutputColumns, granulari
         "available_at": _per_entry_times(entries, [entry.taken_at_us for entry in entries]),
     }
     return _table(supervision_table_schema(outputs), columns, made)
+
+
+def label_rows(entries: Sequence[Entry], spec: DatasetSpec) -> pa.Table:
+    """Give the rows of `labels`, in the order of the entries.
+
+    Raises:
+        EntryError: An entry is damaged or was written with another schema.
+    """
+    schema = label_schema(spec)
+    columns = pa.Table.from_batches([entry.batch(schema) for entry in entries], schema=schema).combine_chunks()
+    made = _made_columns(columns, entries, spec.table_granularity, time="label_time")
+    said = columns.append_column("time", columns["label_time"].cast(pa.int64()))
+    said = said.append_column("example", pa.array(made[EXAMPLE_HASH]))
+    made |= {
+        "received_at": _per_entry_times(entries, [entry.taken_at_us for entry in entries]),
+        LABEL_HASH: pa.array(content_hash(said, ["example", "time", *(task.name for task in spec.tasks)])),
+    }
+    return _table(labels_table_schema(spec), columns, made)
 
 
 def dead_letter_rows(entries: Sequence[Entry], granularity: str) -> pa.Table:
@@ -112,11 +133,13 @@ def _padded(entries: Sequence[Entry], spec: DatasetSpec) -> pa.Table:
     return columns
 
 
-def _made_columns(columns: pa.Table, entries: Sequence[Entry], granularity: str) -> dict[str, pa.Array]:
+def _made_columns(
+    columns: pa.Table, entries: Sequence[Entry], granularity: str, *, time: str = "event_time"
+) -> dict[str, pa.Array]:
     digests = _one(columns["example_digest"])
     return {
         "log_position": pa.array(np.repeat([entry.position.number for entry in entries], _sizes(entries))),
-        EVENT_DAY: event_days(_one(columns["event_time"]), granularity),
+        EVENT_DAY: event_days(_one(columns[time]), granularity),
         EXAMPLE_HASH: pa.array(keys.example_hashes(digests)),
     }
 
@@ -154,6 +177,8 @@ class TableContent:
     entry_schema: Callable[[Entry], pa.Schema]
     rows_of: Callable[[Sequence[Entry]], pa.Table]
 
+    key: Key = EXAMPLE
+
     def event_days_of(self, entry: Entry) -> set[int]:
         """Give the event days of an entry's rows, as days since 1970.
 
@@ -161,7 +186,7 @@ class TableContent:
             EntryError: The entry is damaged or was written with another schema.
             NewerSchemaError: It has features that are not known here yet.
         """
-        times = entry.batch(self.entry_schema(entry)).column("event_time")
+        times = entry.batch(self.entry_schema(entry)).column(self.key.time)
         return set(np.unique(event_days(times, self.granularity).cast(pa.int32()).to_numpy()).tolist())
 
 
@@ -172,6 +197,17 @@ def examples_content(spec: DatasetSpec) -> TableContent:
         granularity=spec.table_granularity,
         entry_schema=lambda entry: _example_schema(entry, spec),
         rows_of=lambda entries: example_rows(entries, spec),
+    )
+
+
+def labels_content(spec: DatasetSpec) -> TableContent:
+    """Give what `labels` holds."""
+    return TableContent(
+        schema=labels_table_schema(spec),
+        granularity=spec.table_granularity,
+        entry_schema=lambda _: label_schema(spec),
+        rows_of=lambda entries: label_rows(entries, spec),
+        key=LABEL,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import redis
 
-from das_service.logs.records import EXAMPLES, fm_logs, rescore_log
+from das_service.logs.records import DATASET_LOGS, EXAMPLES, fm_logs, rescore_log
 from das_service.logs.streams import LogCounters, read_groups, trim_log
 from das_service.registry import FmRecord
 from schemas import keys
@@ -78,4 +78,4 @@ class Trimmer:
 
 def kinds_of(fms: Mapping[str, FmRecord]) -> list[str]:
     """Give the kinds of all logs of a dataset with these FMs."""
-    return [EXAMPLES, *(kind for fm in fms for kind in fm_logs(fm))]
+    return [*DATASET_LOGS, *(kind for fm in fms for kind in fm_logs(fm))]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from das_service.cli.example_files import ExampleFileError, open_examples
+from das_service.cli.example_files import ExampleFileError, example_types, open_examples
 
 SPEC: dict[str, Any] = {
     "features": [
@@ -65,7 +65,9 @@ def parquet() -> bytes:
 
 
 def read(path: str, *, stdin: bytes = b"", rows: int = 3, file_format: Any = None) -> pa.Table:
-    with open_examples(path, stdin=io.BytesIO(stdin), file_format=file_format, spec=SPEC, rows=rows) as examples:
+    with open_examples(
+        path, stdin=io.BytesIO(stdin), file_format=file_format, types=example_types(SPEC), rows=rows
+    ) as examples:
         return pa.concat_tables(examples.tables)
 
 
@@ -92,7 +94,7 @@ def test_a_named_format_wins_over_the_suffix(tmp_path: Path) -> None:
 def test_parquet_says_how_many_rows_there_are_and_comes_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(parquet())
-    with open_examples(str(path), stdin=io.BytesIO(), file_format=None, spec=SPEC, rows=3) as examples:
+    with open_examples(str(path), stdin=io.BytesIO(), file_format=None, types=example_types(SPEC), rows=3) as examples:
         assert examples.num_rows == 7
         assert max(table.num_rows for table in examples.tables) <= 3
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.sink.identity import Verdict, first_of_example, settle_identity
+from das_service.sink.identity import EXAMPLE, Verdict, first_of_key, settle_identity
 from das_service.tables.duck import Duck
 from schemas.dataset import TIMESTAMP
 
@@ -128,4 +128,4 @@ def test_a_dataset_off_this_machine_gives_the_same_as_paths(duck: Duck, tmp_path
 
 def test_equal_hashes_of_other_ids_are_no_repeats() -> None:
     rows = table([Row("a", 0, 0, 0, 7), Row("b", 0, 0, 0, 7), Row("a", 1, 0, 0, 7), Row("a", 0, 0, 0, 7)])
-    assert np.array_equal(first_of_example(rows), [0, 1, 2, 0])
+    assert np.array_equal(first_of_key(rows, EXAMPLE), [0, 1, 2, 0])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from das_service.door.json_body import parse_examples
+from das_service.door.json_body import parse_rows
 from das_service.door.validation import BodyLimits, ValidRows, validate_arrow, validate_json
 from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.ingest import CHUNK_BYTES, CHUNK_ROWS, encode_chunks, split_by_partition
@@ -308,4 +308,4 @@ def test_chunks_are_within_their_bounds_and_lose_no_row(rows: int, width: int) -
 
 def test_the_examples_of_a_body_are_its_list_or_the_body_itself() -> None:
     for body in (b'{"examples": [{"a": 1}]}', b'[{"a": 1}]'):
-        assert parse_examples(body, max_bytes=1000, max_rows=10) == [{"a": 1}]
+        assert parse_rows(body, "examples", max_bytes=1000, max_rows=10) == [{"a": 1}]
