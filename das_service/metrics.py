@@ -33,6 +33,14 @@ class Metrics:
         self.label_rows = Counter(
             "das_label_rows", "Labels at the door.", ["dataset", "result", "reason"], registry=registry
         )
+        self.late_labels = Counter(
+            "das_late_labels", "Labels that came after their window or their example's closing.", ["dataset"],
+            registry=registry,
+        )  # fmt: skip
+        self.watermark = Gauge(
+            "das_watermark_timestamp_seconds", "Event time up to which no more examples are expected.",
+            ["dataset", "partition"], registry=registry,
+        )  # fmt: skip
         self.duplicate_labels = Counter("das_duplicate_labels", "Repeats of a label.", ["dataset"], registry=registry)
         self.request_seconds = Histogram(
             "das_request_duration_seconds", "Time of a request.", ["route", "code"], registry=registry

@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     commit_bytes: int = Field(128 * MIB, ge=MIB, description="... or so many bytes.")
     commit_seconds: float = Field(5.0, gt=0, description="... or so long after the first waiting row.")
     commit_event_days: int = Field(32, ge=1, description="Most event days of one commit.")
+    close_wait_seconds: float = Field(
+        3600.0, ge=0, description="How long after its receipt an example whose window is over waits for its scores."
+    )
     compact_files: int = Field(64, ge=2, description="Small files of an event day at which the sink compacts it.")
     compact_target_bytes: int = Field(128 * MIB, ge=MIB, description="Size that compaction aims at.")
     retention_hours: int = Field(168, ge=24, description="How long files that compaction replaced stay readable.")

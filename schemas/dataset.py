@@ -13,7 +13,13 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TIMESTAMP = pa.timestamp("us", "UTC")
 DIGEST = pa.binary(16)
 
-_GROWABLE = ("max_future_seconds", "max_age_days", "online_ttl_seconds", "dedup_window_seconds")
+_GROWABLE = (
+    "max_future_seconds",
+    "allowed_lateness_seconds",
+    "max_age_days",
+    "online_ttl_seconds",
+    "dedup_window_seconds",
+)
 
 
 class Feature(BaseModel):
@@ -63,7 +69,7 @@ class Task(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
-    label_window_seconds: Annotated[int, Field(ge=0)]
+    label_window_seconds: Annotated[int, Field(ge=0, le=10 * 365 * 86_400)]
     negative_if_silent: bool = True
 
 
@@ -79,6 +85,7 @@ class DatasetSpec(BaseModel):
     table_granularity: Literal["day", "week", "month"] = "day"
     max_future_seconds: Annotated[int, Field(ge=0)] = 300
     max_age_days: Annotated[int, Field(ge=1)] | None = None
+    allowed_lateness_seconds: Annotated[int, Field(ge=0, le=10 * 365 * 86_400)] = 300
     online_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
     dedup_window_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
 
@@ -98,6 +105,11 @@ class DatasetSpec(BaseModel):
             if key not in categories:
                 raise ValueError(f"entity_key {key!r} is not a category feature of this dataset")
         return self
+
+    @property
+    def label_window_seconds(self) -> int:
+        """The longest label window of its tasks: when it is over, an example's labels are what they are."""
+        return max((task.label_window_seconds for task in self.tasks), default=0)
 
     def feature(self, name: str) -> Feature | None:
         """Give the feature of that name, None if there is none."""

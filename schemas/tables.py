@@ -16,6 +16,8 @@ from schemas.snapshot import OutputColumns
 FORMAT = 1
 EXAMPLES = "examples"
 LABELS = "labels"
+LATE_LABELS = "late_labels"
+CLOSED = "closed"
 EXAMPLE_HASH = "_example_hash"
 LABEL_HASH = "_label_hash"
 EVENT_DAY = "event_day"
@@ -66,6 +68,28 @@ def labels_table_schema(spec: DatasetSpec) -> pa.Schema:
     ]
     tasks = [pa.field(task.name, pa.float32()) for task in spec.tasks]
     return pa.schema([*head, *tasks, pa.field(LABEL_HASH, pa.int64()), pa.field(EXAMPLE_HASH, pa.int64())])
+
+
+def closed_table_schema(spec: DatasetSpec) -> pa.Schema:
+    """Give the schema of `closed`: examples whose label window is over, with their labels, in ready order.
+
+    ready_seq counts the rows of a partition from 0. labels_through: the last position of the labels log that was looked
+    at for the row; a label after it is late.
+    """
+    head = [
+        pa.field("example_id", pa.string()),
+        pa.field("event_time", TIMESTAMP),
+        pa.field("ready_seq", pa.int64()),
+        pa.field("closed_at", TIMESTAMP),
+    ]
+    tasks = [pa.field(task.name, pa.float32()) for task in spec.tasks]
+    tail = [
+        pa.field("partition", pa.int32()),
+        pa.field("labels_through", pa.int64()),
+        pa.field(EVENT_DAY, pa.date32()),
+        pa.field(EXAMPLE_HASH, pa.int64()),
+    ]
+    return pa.schema([*head, *tasks, *tail])
 
 
 def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:

@@ -180,12 +180,12 @@ class Client:
         """
         call = Call(
             method="POST",
-            path=f"/v1/datasets/{dataset}/labels",
+            path=path_of("datasets", dataset, "labels"),
             params={"on_error": on_error},
             headers={"Content-Type": ARROW_STREAM, "Accept": "application/json"},
             content=write_table(to_table(data)),
         )
-        return parse_ingest_result(self._caller.send(call).json())
+        return parse_ingest_result(json_object(self._caller.send(call)))
 
     def label_batches(
         self,

@@ -1,7 +1,8 @@
 """What is written down, fsynced, beside the tables about the logs: which there are, and how far each table has them."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from das_service.folder import Folder
 from schemas.entries import Position, parse_position
@@ -48,7 +49,8 @@ class Mark:
 
     positions: per partition the last committed position of the table's log, None before the first. mended: rows of
     supervision whose example had been a dead letter, or dead letters of scored examples (a repeat that raced).
-    diverted: rows that the table would not take, in `dead_chunks`.
+    diverted: rows that the table would not take, in `dead_chunks`. numbers: what the table remembers by name besides,
+    such as the latest event_time of a partition.
     """
 
     version: int
@@ -58,6 +60,7 @@ class Mark:
     conflicting: int = 0
     mended: int = 0
     diverted: int = 0
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def epoch(self) -> int:
@@ -100,6 +103,7 @@ def read_mark(folder: Folder, dataset: str, table: str) -> Mark | None:
         conflicting=record["conflicting"],
         mended=record.get("mended", 0),
         diverted=record.get("diverted", 0),
+        numbers=record.get("numbers", {}),
     )
 
 
@@ -114,6 +118,7 @@ def write_mark(folder: Folder, dataset: str, table: str, mark: Mark) -> None:
         "conflicting": mark.conflicting,
         "mended": mark.mended,
         "diverted": mark.diverted,
+        "numbers": dict(mark.numbers),
     }
     folder.write(mark_name(dataset, table), json.dumps(record).encode())
 

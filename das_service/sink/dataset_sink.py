@@ -11,6 +11,7 @@ from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, score
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.registry import Catalog, FmRecord
+from das_service.sink.closing import Closer
 from das_service.sink.feed import Feed, FeedWork
 from das_service.sink.rescore import Rescorer, keep_starts, leave_log
 from das_service.sink.table_rows import (
@@ -21,9 +22,11 @@ from das_service.sink.table_rows import (
     supervision_content,
 )
 from das_service.sink.trimming import Trimmer, kinds_of
+from das_service.sink.watermarks import latest_name
 from das_service.tables.durable_table import DurableTable
 from schemas import keys
 from schemas.dataset import DatasetSpec
+from schemas.entries import Position
 from schemas.tables import dead_letters_table, supervision_table
 
 log = logging.getLogger("das.sink")
@@ -46,6 +49,8 @@ class DatasetSink:
         self._rescorer: Rescorer | None = None
         self._counters: dict[tuple[int, str], LogCounters] = {}
         self._tending_problem = ""
+        self._closer: Closer | None = None
+        self._starts: dict[str, dict[int, Position]] = {}
         self.is_complete = False
 
     @property
@@ -56,8 +61,9 @@ class DatasetSink:
     @property
     def problems(self) -> list[str]:
         """What keeps rows from tables, in words."""
-        found = [feed.problem for feed in self._feeds.values() if feed.problem]
-        return [*found, self._tending_problem] if self._tending_problem else found
+        found = [feed.problem for feed in self._feeds.values()]
+        found += [self._tending_problem, self._closer.problem if self._closer else ""]
+        return [problem for problem in found if problem]
 
     def refresh(self, catalog: Catalog, logs: LogsFile | None) -> None:
         """Take over what is declared now: features, FMs, their outputs, and which logs there are."""
@@ -85,7 +91,9 @@ class DatasetSink:
             client, folder, self._work.duck, dataset=self.dataset, spec=self._spec, epoch=logs.epoch
         )  # fmt: skip
         for fm in self._fms:
-            self.is_complete &= len(keep_starts(client, folder, self.dataset, logs.partitions, fm)) == logs.partitions
+            self._starts[fm] = keep_starts(client, folder, self.dataset, logs.partitions, fm)
+            self.is_complete &= len(self._starts[fm]) == logs.partitions
+        self._closer = self._closer_of(logs)
 
     def turn(self, *, now: float, draining: bool = False) -> bool:
         """Give each log that is due one commit, and trim after it; give whether any was made."""
@@ -98,6 +106,9 @@ class DatasetSink:
             if feed.turn(self._counters, now=now, draining=draining):
                 busy = True
                 self._trim(kind)
+        if self._closer is not None and not draining:
+            required = {fm: self._starts.get(fm, {}) for fm, record in self._fms.items() if record.required}
+            busy |= self._closer.turn(self._feeds, self._counters, required, now=now, now_us=time.time_ns() // 1000)
         return busy
 
     def tend(self, *, now: float, is_busy: bool = False) -> None:
@@ -129,6 +140,8 @@ class DatasetSink:
         """Forget the loaded tables: another process owns them."""
         for feed in self._feeds.values():
             feed.close()
+        if self._closer is not None:
+            self._closer.close()
 
     def info(self, *, now: float) -> dict[str, Any]:
         """Give what `das status` shows of the dataset. now: monotonic seconds."""
@@ -160,8 +173,16 @@ class DatasetSink:
             schema=content.schema,
             partitions=logs.partitions,
             retention_hours=self._work.settings.retention_hours,
+            numbers=[latest_name(partition) for partition in range(logs.partitions)] if kind == EXAMPLES else (),
         )
         return Feed(self._work, table, kind=kind, logs=logs, content=content)
+
+    def _closer_of(self, logs: LogsFile) -> Closer:
+        closer = self._closer
+        if closer is None or closer.logs != logs:
+            closer = Closer(self._work, self.dataset, self._spec, logs)
+        closer.spec = self._spec
+        return closer
 
     def _trim(self, kind: str) -> None:
         declared = [keys.group(fm) for fm in self._fms] if kind == EXAMPLES else []
@@ -206,6 +227,7 @@ class DatasetSink:
         busy = True
         while busy and time.monotonic() < until:
             busy = self._compact_next(now, most)
+            busy = (self._closer is not None and self._closer.compact(most_small_files=most)) or busy
             if wish is None:
                 return
         is_met = not busy and not self.problems and all(feed.positions for feed in self._feeds.values())

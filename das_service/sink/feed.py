@@ -29,6 +29,7 @@ from das_service.sink.compaction import compact_step
 from das_service.sink.dead_chunks import RawEntry, divert
 from das_service.sink.identity import Known, Verdict, settle_identity
 from das_service.sink.table_rows import NewerSchemaError, TableContent
+from das_service.sink.watermarks import mark_late
 from das_service.tables.duck import Duck
 from das_service.tables.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
 from das_service.tables.offline_store import rows_at
@@ -272,6 +273,11 @@ class Feed:
         with self._work.metrics.commit_seconds.labels(dataset, self.table.table).time():
             with stage.labels("sink", "rows").time():
                 rows = self._content.rows_of([entry for _, entry in taken])
+                numbers: dict[str, int] = {}
+                if self._content.lateness_us is not None:
+                    rows, numbers = mark_late(
+                        rows, taken, self.table.state.numbers, lateness_us=self._content.lateness_us
+                    )
             with stage.labels("sink", "identity").time():
                 verdict = self._settle(rows)
             with stage.labels("sink", "commit").time():
@@ -282,6 +288,7 @@ class Feed:
                     duplicates=len(verdict.duplicate),
                     conflicting=len(verdict.conflicting),
                     mended=self._count_mended(kept),
+                    numbers=numbers,
                 )
         for partition, entry in taken:
             self._base[partition] = (entry.rows_total, entry.bytes_total)

@@ -1,6 +1,6 @@
 """What the entries of a log become in its table: one function per kind of table. No I/O.
 
-`is_late` is false for every example: nothing is late before there are watermarks.
+`is_late` is set by watermarks.py, which knows what came before.
 """
 
 from collections.abc import Callable, Sequence
@@ -170,7 +170,7 @@ def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableContent:
-    """What a table holds and how a log's entries become its rows."""
+    """What a table holds and how a log's entries become its rows. lateness_us: of examples, how late they may be."""
 
     schema: pa.Schema
     granularity: str
@@ -178,6 +178,7 @@ class TableContent:
     rows_of: Callable[[Sequence[Entry]], pa.Table]
 
     key: Key = EXAMPLE
+    lateness_us: int | None = None
 
     def event_days_of(self, entry: Entry) -> set[int]:
         """Give the event days of an entry's rows, as days since 1970.
@@ -197,6 +198,7 @@ def examples_content(spec: DatasetSpec) -> TableContent:
         granularity=spec.table_granularity,
         entry_schema=lambda entry: _example_schema(entry, spec),
         rows_of=lambda entries: example_rows(entries, spec),
+        lateness_us=spec.allowed_lateness_seconds * 1_000_000,
     )
 
 

@@ -56,8 +56,17 @@ class DurableTable:
     """Owns one table of a dataset; one thread. Open it before use, and again after any error."""
 
     def __init__(
-        self, folder: Folder, dataset: str, table: str, *, schema: pa.Schema, partitions: int, retention_hours: int
+        self,
+        folder: Folder,
+        dataset: str,
+        table: str,
+        *,
+        schema: pa.Schema,
+        partitions: int,
+        retention_hours: int,
+        numbers: Sequence[str] = (),
     ) -> None:
+        """Name the table; nothing is read. numbers: names of what its commits remember besides rows and positions."""
         self.dataset = dataset
         self.table = table
         self.place: TablePlace = table_place(folder, dataset, table)
@@ -65,6 +74,7 @@ class DurableTable:
         self._schema = schema
         self._partitions = partitions
         self._retention_hours = retention_hours
+        self._numbers = tuple(numbers)
         self._delta: DeltaTable | None = None
         self._days: DayFiles = {}
         self.state = Mark(version=-1, positions={})
@@ -103,7 +113,7 @@ class DurableTable:
             )
         delta = delta or create_table(self.place, self._schema, retention_hours=self._retention_hours)
         self._delta = delta
-        self._load(_read_state(delta, self.table, self._partitions, epoch))
+        self._load(_read_state(delta, self.table, self._partitions, epoch, self._numbers))
         if mark is None or mark.version < delta.version():
             self._make_durable(-1 if mark is None else mark.version)
         self._grow()
@@ -146,6 +156,7 @@ class DurableTable:
         conflicting: int = 0,
         mended: int = 0,
         diverted: int = 0,
+        numbers: Mapping[str, int] | None = None,
     ) -> None:
         """Add rows (none: only positions move) and move the positions of the partitions in `moved`, durably.
 
@@ -166,6 +177,7 @@ class DurableTable:
             conflicting=before.conflicting + conflicting,
             mended=before.mended + mended,
             diverted=before.diverted + diverted,
+            numbers={**before.numbers, **(numbers or {})},
         )
         added = write_files(self.place, rows) if rows.num_rows else []
         self._write(added, _transactions(self.table, moved, wanted))
@@ -267,14 +279,17 @@ def _app_id(table: str, partition: int, epoch: int) -> str:
 def _transactions(table: str, moved: Mapping[int, Position], wanted: Mark) -> list[Transaction]:
     """Give what a commit names: positions, and totals, which stand in every commit and so fence all of them."""
     positions = [Transaction(_app_id(table, partition, at.epoch), at.seq) for partition, at in moved.items()]
-    return [*positions, *(Transaction(f"total/{name}", getattr(wanted, name)) for name in TOTALS)]
+    totals = [Transaction(f"total/{name}", getattr(wanted, name)) for name in TOTALS]
+    return [*positions, *totals, *(Transaction(f"number/{name}", value) for name, value in wanted.numbers.items())]
 
 
-def _read_state(delta: DeltaTable, table: str, partitions: int, epoch: int) -> Mark:
+def _read_state(delta: DeltaTable, table: str, partitions: int, epoch: int, names: Sequence[str]) -> Mark:
     """Give what the table itself says: per partition the position in the latest epoch that has one."""
     totals = {name: delta.transaction_version(f"total/{name}") or 0 for name in TOTALS}
     positions = {partition: _position(delta, table, partition, epoch) for partition in range(partitions)}
-    return Mark(version=delta.version(), positions=positions, **totals)
+    found = {name: delta.transaction_version(f"number/{name}") for name in names}
+    numbers = {name: value for name, value in found.items() if value is not None}
+    return Mark(version=delta.version(), positions=positions, numbers=numbers, **totals)
 
 
 def _position(delta: DeltaTable, table: str, partition: int, epoch: int) -> Position | None:

@@ -34,7 +34,9 @@ CHECKPOINT_COMMITS = 25  # reading 100 commits again at each one takes twice as 
 PARQUET = {"compression": "zstd", "compression_level": 1}
 _MOST_RUNS = 200
 _DISTINCT = frozenset({"example_id", "event_time", "content_hash", EXAMPLE_HASH})
-WITH_BOUNDS = ("event_time", "received_at", "available_at", "log_position")
+WITH_BOUNDS = (
+    "event_time", "label_time", "received_at", "available_at", "closed_at", "log_position", "ready_seq",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,452 @@
+"""Closing: once an example's label window is over and it is scored, it goes to `closed` with the labels that it got.
+
+Per partition, in steps that a crash anywhere leaves repairable:
+1. The watermark says which windows are over. Labels that the log held by then are waited for, since they were posted
+   while event time came that far.
+2. Examples whose window is over and that are not in `closed` yet, scored by every required FM that they concern,
+   dead-lettered, or too long in waiting, are appended with the labels committed so far, in the order of event_time
+   and example_id, and a dense ready_seq. The same commit remembers the watermark and the next ready_seq.
+3. Labels of these examples that came in time and are out of their window, and labels that were committed after their
+   example was closed, go to `late_labels`. That commit remembers how far it looked, in ready_seq and in the labels log.
+
+Of several labels of one task within the window the one with the latest label_time counts, of those the last in the log.
+A window reaches from max_future_seconds before event_time (clocks differ) to label_window_seconds after it, inclusive.
+"""
+
+import datetime as dt
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log
+from das_service.logs.streams import LogCounters
+from das_service.redis_client import UNREACHABLE
+from das_service.sink.close_queries import Sources, closable_rows, labels_of, late_after, late_at_closing
+from das_service.sink.compaction import compact_step
+from das_service.sink.feed import Feed, FeedWork
+from das_service.sink.watermarks import Watermarks, latest_name
+from das_service.tables.durable_table import DurableTable, LostOwnershipError
+from schemas import keys
+from schemas.dataset import TIMESTAMP, DatasetSpec
+from schemas.entries import Position
+from schemas.tables import (
+    CLOSED,
+    EVENT_DAY,
+    LATE_LABELS,
+    closed_table_schema,
+    event_days,
+    labels_table_schema,
+)
+
+log = logging.getLogger("das.sink")
+Int64s = NDArray[np.int64]
+LATE_SECONDS = 10.0
+_LOOK_BACK = dt.timedelta(days=31)  # a label that comes later than that after its window stays in `labels` alone
+_EARLIER = dt.timedelta(days=32)  # a label's event_day may be the month before its example's
+_EPOCH = dt.date(1970, 1, 1).toordinal()
+
+
+def watermark_name(partition: int) -> str:
+    """Name under which `closed` remembers up to which watermark a partition is closed, in microseconds."""
+    return f"watermark/{partition}"
+
+
+def ready_name(partition: int) -> str:
+    """Name under which a table remembers the next ready_seq of a partition: `late_labels` the next to look at."""
+    return f"ready_seq/{partition}"
+
+
+def labels_name(partition: int) -> str:
+    """Name under which `late_labels` remembers the last position of the labels log that it looked at."""
+    return f"labels/{partition}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """How far a partition may be closed once the labels up to a position are committed."""
+
+    watermark_us: int
+    labels_through: int
+
+
+class Closer:
+    """Closes the examples of one dataset. The sink's one thread uses it."""
+
+    def __init__(self, work: FeedWork, dataset: str, spec: DatasetSpec, logs: LogsFile) -> None:
+        self.spec = spec
+        self.problem = ""
+        self._work = work
+        self._dataset = dataset
+        self.logs = logs
+        names = [name(p) for p in range(logs.partitions) for name in (watermark_name, ready_name, labels_name)]
+        self.closed = self._table(CLOSED, closed_table_schema(spec), names)
+        self.late = self._table(LATE_LABELS, labels_table_schema(spec), names)
+        self._is_open = False
+        self._watermarks = Watermarks()
+        self._bounds: dict[int, Bound] = {}
+        self._due_at = float("-inf")
+        self._late_at = float("-inf")
+
+    def _table(self, name: str, schema: pa.Schema, numbers: Sequence[str]) -> DurableTable:
+        return DurableTable(
+            self._work.folder,
+            self._dataset,
+            name,
+            schema=schema,
+            partitions=self.logs.partitions,
+            retention_hours=self._work.settings.retention_hours,
+            numbers=numbers,
+        )
+
+    def close(self) -> None:
+        """Forget the loaded tables: the next turn opens them again."""
+        self._is_open = False
+
+    def turn(
+        self,
+        feeds: Mapping[str, Feed],
+        counters: Mapping[tuple[int, str], LogCounters],
+        required: Mapping[str, Mapping[int, Position]],
+        *,
+        now: float,
+        now_us: int,
+    ) -> bool:
+        """Close what is due; give whether a commit was made. now: monotonic seconds; now_us: of the clock.
+
+        required: FMs whose outcome is waited for, each with its first position in the examples log per partition.
+        """
+        if now < self._due_at:
+            return False
+        self._due_at = now + self._work.settings.commit_seconds
+        examples, labels = feeds.get(EXAMPLES), feeds.get(LABELS)
+        if examples is None or labels is None or not examples.positions or not labels.positions:
+            return False
+        try:
+            self._open()
+            is_moved = self._advance(feeds, counters, required, now=now, now_us=now_us)
+        except UNREACHABLE:
+            raise
+        except Exception as error:  # closing that fails must not stop the feeds; health shows it
+            self._is_open = False
+            self.problem = f"table {CLOSED} of dataset {self._dataset}: {type(error).__name__}: {error}"
+            log.warning("%s", self.problem, exc_info=not isinstance(error, LostOwnershipError | OSError))
+            return False
+        self.problem = ""
+        return is_moved
+
+    def compact(self, *, most_small_files: int) -> bool:
+        """Put some small files together if there are too many; give whether that was done."""
+        if not self._is_open:
+            return False
+        target_bytes = self._work.settings.compact_target_bytes
+        try:
+            return any(
+                compact_step(table, most_small_files=most_small_files, target_bytes=target_bytes)
+                for table in (self.closed, self.late)
+            )
+        except Exception as error:  # noqa: BLE001 - as in turn
+            self._is_open = False
+            self.problem = f"table {CLOSED} of dataset {self._dataset}: {type(error).__name__}: {error}"
+            log.warning("%s", self.problem)
+            return False
+
+    def _open(self) -> None:
+        if self._is_open:
+            return
+        self.closed.open(epoch=self.logs.epoch)
+        self.late.open(epoch=self.logs.epoch)
+        self._is_open = True
+        self._bounds = {}
+        for partition in range(self.logs.partitions):
+            reached = self.closed.state.numbers.get(watermark_name(partition))
+            if reached is not None:
+                known = self._watermarks.reached.get(partition, reached)
+                self._watermarks.reached[partition] = max(reached, known)
+
+    def _advance(
+        self,
+        feeds: Mapping[str, Feed],
+        counters: Mapping[tuple[int, str], LogCounters],
+        required: Mapping[str, Mapping[int, Position]],
+        *,
+        now: float,
+        now_us: int,
+    ) -> bool:
+        examples, labels = feeds[EXAMPLES], feeds[LABELS]
+        is_moved = self._write_late_of_closed(labels)
+        self._look(examples, counters, now=now)
+        closable = self._closable(labels)
+        if closable:
+            sources = self._sources(feeds, list(required))
+            rows = self._rows_to_close(examples, sources, closable, required, now_us=now_us)
+            if rows is not None:
+                self._close_rows(rows, labels, closable, now_us=now_us)
+                is_moved = True
+                if rows.num_rows >= self._work.settings.commit_rows:
+                    self._due_at = now  # there may be more
+        if now - self._late_at >= LATE_SECONDS:
+            self._late_at = now
+            is_moved |= self._write_late_after(labels)
+        return is_moved
+
+    # ---- how far
+
+    def _look(self, examples: Feed, counters: Mapping[tuple[int, str], LogCounters], *, now: float) -> None:
+        """Bring the watermarks up to date, and note which labels each waits for."""
+        partitions = range(self.logs.partitions)
+        numbers = examples.table.state.numbers
+        latest = {partition: numbers.get(latest_name(partition)) for partition in partitions}
+        waiting = {
+            partition: _last(counters.get((partition, EXAMPLES))) - _number(examples.positions.get(partition))
+            for partition in partitions
+        }
+        reached = self._watermarks.look(
+            latest, waiting, lateness_us=self.spec.allowed_lateness_seconds * 1_000_000, now=now
+        )
+        for partition, watermark in reached.items():
+            self._work.metrics.watermark.labels(self._dataset, str(partition)).set(watermark / 1e6)
+            if partition not in self._bounds:
+                end = _last(counters.get((partition, LABELS)))
+                self._bounds[partition] = Bound(watermark_us=watermark, labels_through=end)
+
+    def _closable(self, labels: Feed) -> dict[int, Bound]:
+        """Give the partitions whose labels are committed as far as their watermark asks; each is asked anew after."""
+        found = {
+            partition: bound
+            for partition, bound in self._bounds.items()
+            if _number(labels.positions.get(partition)) >= bound.labels_through
+        }
+        for partition in found:
+            del self._bounds[partition]
+        return found
+
+    # ---- which rows
+
+    def _sources(self, feeds: Mapping[str, Feed], fms: Sequence[str]) -> Sources:
+        outcomes = [
+            [feeds[kind].table for kind in (scored_log(fm), dead_log(fm)) if kind in feeds and feeds[kind].positions]
+            for fm in fms
+        ]
+        return Sources(
+            examples=feeds[EXAMPLES].table, labels=feeds[LABELS].table, closed=self.closed, outcomes=outcomes
+        )
+
+    def _rows_to_close(
+        self,
+        examples: Feed,
+        sources: Sources,
+        closable: Mapping[int, Bound],
+        required: Mapping[str, Mapping[int, Position]],
+        *,
+        now_us: int,
+    ) -> pa.Table | None:
+        """Give up to a commit's rows whose window is over, without labels yet; None if there are none."""
+        window_us = self.spec.label_window_seconds * 1_000_000
+        last_us = max(bound.watermark_us for bound in closable.values()) - window_us
+        settings = self._work.settings
+        settled_us = now_us - int(settings.close_wait_seconds * 1_000_000)
+        days = self._open_days(examples.table, last_us)
+        starts = [max((at.number for at in places.values()), default=0) for places in required.values()]
+        waited = {f"start_{place}": start for place, start in enumerate(starts)} | (
+            {"settled": settled_us} if starts else {}
+        )
+        for first in range(0, len(days), settings.commit_event_days):
+            part = days[first : first + settings.commit_event_days]
+            with self._work.duck.cursor() as cursor:
+                query = closable_rows(sources, cursor, part)
+                values = {"last": last_us, "most": 2 * settings.commit_rows, **waited}
+                found = cursor.sql(query, params=values).to_arrow_table()
+            rows = self._due(found, closable, required, window_us=window_us, settled_us=settled_us)
+            if rows.num_rows:
+                return rows.slice(0, settings.commit_rows)
+        return None
+
+    def _open_days(self, examples: DurableTable, last_us: int) -> list[dt.date]:
+        """Give the event days before last_us of which `closed` has fewer rows than `examples`."""
+        last_day = dt.date.fromordinal(_EPOCH + last_us // 86_400_000_000)
+        closed = self.closed.days
+        return [
+            day
+            for day, files in sorted(examples.days.items())
+            if day <= last_day
+            and sum(file.num_rows for file in files) > sum(file.num_rows for file in closed.get(day, []))
+        ]
+
+    def _due(
+        self,
+        found: pa.Table,
+        closable: Mapping[int, Bound],
+        required: Mapping[str, Mapping[int, Position]],
+        *,
+        window_us: int,
+        settled_us: int,
+    ) -> pa.Table:
+        """Give the rows that are due, in ready order, with their partition."""
+        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
+        times = found["event_time"].cast(pa.int64()).to_numpy()
+        position = found["log_position"].to_numpy()
+        last = np.full(self.spec.partitions, np.iinfo(np.int64).min)
+        for partition, bound in closable.items():
+            last[partition] = bound.watermark_us - window_us
+        is_due = times < last[partitions]
+        is_settled = found["received_at"].cast(pa.int64()).to_numpy() < settled_us
+        pending = np.zeros(found.num_rows, np.bool_)
+        for place, starts in enumerate(required.values()):
+            start = np.array([starts[p].number if p in starts else 0 for p in range(self.spec.partitions)])
+            has_outcome = found[f"outcome_{place}"].to_numpy(zero_copy_only=False)
+            pending |= ~has_outcome & (position >= start[partitions])
+        numbers = np.flatnonzero(is_due & (is_settled | ~pending))
+        rows = found.select(["example_id", "event_time", "_example_hash", EVENT_DAY]).append_column(
+            "partition", pa.array(partitions.astype(np.int32))
+        )
+        rows = rows.take(pa.array(numbers))
+        return rows.sort_by([("event_time", "ascending"), ("example_id", "ascending")])
+
+    def _close_rows(self, rows: pa.Table, labels: Feed, closable: Mapping[int, Bound], *, now_us: int) -> None:
+        """Append rows with their labels."""
+        numbers = dict(self.closed.state.numbers)
+        for partition, bound in closable.items():
+            numbers[watermark_name(partition)] = max(
+                bound.watermark_us, numbers.get(watermark_name(partition), bound.watermark_us)
+            )
+        partitions = rows["partition"].to_numpy()
+        ready = np.empty(rows.num_rows, np.int64)
+        through = np.empty(rows.num_rows, np.int64)
+        for partition in np.unique(partitions).tolist():
+            mine = np.flatnonzero(partitions == partition)
+            first = numbers.get(ready_name(partition), 0)
+            ready[mine] = first + np.arange(len(mine))
+            through[mine] = _number(labels.positions.get(partition))
+            numbers[ready_name(partition)] = first + len(mine)
+        said = self._labels_of(rows, labels.table)
+        columns = {
+            **{name: rows[name] for name in rows.column_names},
+            **{name: said[name] for name in said.column_names},
+            "ready_seq": pa.array(ready),
+            "closed_at": pa.array(np.full(rows.num_rows, now_us)).cast(TIMESTAMP),
+            "labels_through": pa.array(through),
+        }
+        schema = closed_table_schema(self.spec)
+        table = pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
+        self.closed.commit(table, {}, numbers=numbers)
+        self._work.metrics.committed_rows.labels(self._dataset, CLOSED).inc(rows.num_rows)
+        self._write_late_of_closed(labels, days=set(rows[EVENT_DAY].to_pylist()))
+
+    # ---- labels
+
+    def _labels_of(self, rows: pa.Table, labels: DurableTable) -> pa.Table:
+        """Give a column per task: what counts for each row, null where nothing does and silence says nothing."""
+        asked = _numbered(rows)
+        days = self._label_days(labels, rows)
+        with self._work.duck.cursor() as cursor:
+            cursor.register("asked", asked)
+            query = labels_of(self.spec, Sources.read(cursor, "labels", labels, days))
+            found = cursor.sql(query).to_arrow_table()
+        columns = {}
+        place = found["row"].to_numpy()
+        for task in self.spec.tasks:
+            values = np.zeros(rows.num_rows, np.float32)
+            valid = np.full(rows.num_rows, task.negative_if_silent)
+            said = found[task.name].to_numpy()
+            is_said = ~np.isnan(said)
+            values[place[is_said]] = said[is_said]
+            valid[place[is_said]] = True
+            columns[task.name] = pa.array(values, mask=~valid)
+        return pa.table(columns) if columns else pa.table({})
+
+    def _label_days(self, labels: DurableTable, rows: pa.Table) -> list[dt.date]:
+        """Give the days in which labels of the rows may lie, whether in their window or after."""
+        earliest_us = pc.min(rows["event_time"]).cast(pa.int64()).as_py() - self.spec.max_future_seconds * 1_000_000
+        return _from_day(labels.days, _day_of(earliest_us, self.spec.table_granularity))
+
+    def _write_late_of_closed(self, labels: Feed, *, days: Collection[dt.date] | None = None) -> bool:
+        """Write the labels that were there when their example was closed, and out of its window.
+
+        days: event days of the examples that were closed since the last time, if known.
+        """
+        closed, late = self.closed.state.numbers, self.late.state.numbers
+        ranges = {p: (late.get(ready_name(p), 0), closed.get(ready_name(p), 0)) for p in range(self.logs.partitions)}
+        ranges = {p: (first, end) for p, (first, end) in ranges.items() if end > first}
+        if not ranges or not self.spec.tasks:
+            return False
+        with self._work.duck.cursor() as cursor:
+            cursor.register(
+                "ranges",
+                pa.table(
+                    {
+                        "partition": pa.array(list(ranges), pa.int32()),
+                        "first": pa.array([first for first, _ in ranges.values()], pa.int64()),
+                        "end": pa.array([end for _, end in ranges.values()], pa.int64()),
+                    }
+                ),
+            )
+            read = sorted(self.closed.days if days is None else days)
+            first_label = (read[0] if read else dt.date.min) - _EARLIER
+            closed_files = Sources.read(cursor, "closed", self.closed, read)
+            label_files = Sources.read(cursor, "labels", labels.table, _from_day(labels.table.days, first_label))
+            found = cursor.sql(late_at_closing(self.spec, closed_files, label_files)).to_arrow_table()
+        self._commit_late(found, {ready_name(p): end for p, (_, end) in ranges.items()})
+        return True
+
+    def _write_late_after(self, labels: Feed) -> bool:
+        """Write the labels that were committed after their example was closed."""
+        late = self.late.state.numbers
+        through = {p: _number(at) for p, at in labels.positions.items()}
+        behind = {p: late.get(labels_name(p), -1) for p in through}
+        if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
+            return False
+        lowest = min(behind[p] for p in through if behind[p] < through[p])
+        with self._work.duck.cursor() as cursor:
+            days = [
+                day
+                for day, files in sorted(labels.table.days.items())
+                if any(file.last_position is None or file.last_position > lowest for file in files)
+            ]
+            back = _LOOK_BACK + dt.timedelta(seconds=self.spec.label_window_seconds)
+            first_closed = days[0] - min(back, days[0] - dt.date.min) if days else dt.date.max
+            closed_files = Sources.read(cursor, "closed", self.closed, _from_day(self.closed.days, first_closed))
+            label_files = Sources.read(cursor, "labels", labels.table, days)
+            query = late_after(self.spec, closed_files, label_files)
+            found = cursor.sql(query, params={"lowest": lowest}).to_arrow_table()
+        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
+        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
+        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
+        self._commit_late(found, {labels_name(p): at for p, at in through.items()})
+        return True
+
+    def _commit_late(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
+        schema = labels_table_schema(self.spec)
+        table = pa.table([rows[field.name].cast(field.type) for field in schema], schema=schema)
+        self.late.commit(table, {}, numbers=numbers)
+        if rows.num_rows:
+            self._work.metrics.late_labels.labels(self._dataset).inc(rows.num_rows)
+
+
+def _from_day(days: Iterable[dt.date], first: dt.date) -> list[dt.date]:
+    return [day for day in sorted(days) if day >= first]
+
+
+def _numbered(rows: pa.Table) -> pa.Table:
+    asked = rows.select(["example_id", "event_time", "_example_hash"])
+    return asked.append_column("row", pa.array(np.arange(rows.num_rows)))
+
+
+def _day_of(microseconds: int, granularity: str) -> dt.date:
+    day: dt.date = event_days(pa.array([microseconds]).cast(TIMESTAMP), granularity)[0].as_py()
+    return day
+
+
+def _number(position: Position | None) -> int:
+    return -1 if position is None else position.number
+
+
+def _last(counted: LogCounters | None) -> int:
+    """Give the position of a log's last entry, -1 if it has none in its epoch."""
+    if counted is None or counted.last < 0:
+        return -1
+    return Position(epoch=counted.epoch, seq=counted.last).number

@@ -1,0 +1,196 @@
+"""Closing against a plain re-statement: which rows are closed when, with which labels, and which labels are late."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import redis
+from deltalake import DeltaTable
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from das_service.metrics import Metrics
+from das_service.role import RoleContext
+from das_service.sink.sink import Sink
+from tests.served import Api
+
+START = datetime(2026, 3, 1, 6, tzinfo=UTC)
+WINDOW, LATENESS = 30, 10
+SPEC = {
+    "features": [{"name": "price", "type": "float"}],
+    "tasks": [
+        {"name": "click", "label_window_seconds": 60 * WINDOW},
+        {"name": "buy", "label_window_seconds": 120 * WINDOW, "negative_if_silent": False},
+    ],
+    "partitions": 1,
+    "allowed_lateness_seconds": 60 * LATENESS,
+    "max_future_seconds": 0,
+}
+
+
+def at(minute: int) -> str:
+    return (START + timedelta(minutes=minute)).isoformat()
+
+
+def minute_of(time: datetime) -> int:
+    return round((time - START).total_seconds() / 60)
+
+
+@dataclass
+class Stream:
+    """A dataset that is fed and whose sink works when it is told to."""
+
+    api: Api
+    dataset: str
+    now: float = 0.0
+    sink: Sink | None = None
+    client: redis.Redis = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = redis.Redis.from_url(self.api.settings.redis_url.get_secret_value(), protocol=2)
+        self.api.declare(self.dataset, SPEC)
+
+    def examples(self, rows: Sequence[tuple[str, int]]) -> None:
+        body = [{"example_id": name, "event_time": at(minute), "price": 1.0} for name, minute in rows]
+        assert self.api.post(body, self.dataset).status_code == 202
+
+    def labels(self, rows: Sequence[tuple[str, int, dict[str, float]]]) -> None:
+        body = [{"example_id": name, "label_time": at(minute), **labels} for name, minute, labels in rows]
+        answer = self.api.http.post(f"/v1/datasets/{self.dataset}/labels", json={"labels": body})
+        assert answer.status_code == 202, answer.text
+
+    def settle(self) -> None:
+        """Let the sink commit and close all that is due."""
+        sink = self.sink or self.restart()
+        for _ in range(4):
+            self.now += 6.0
+            sink.step(now=self.now)
+        assert sink.health() == []
+
+    def restart(self) -> Sink:
+        """Take another sink, as after a crash."""
+        context = RoleContext(
+            self.api.settings, role="sink", instance=f"s{self.now}", client=self.client, metrics=Metrics("sink")
+        )
+        self.stop()
+        self.sink = Sink(context)
+        return self.sink
+
+    def stop(self) -> None:
+        if self.sink is not None:
+            self.sink.drain(deadline=float("-inf"))
+            self.sink.close()
+            self.client.delete("das:owner:sink")
+            self.sink = None
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        place = Path(self.api.settings.tables_uri) / self.dataset / table
+        return DeltaTable(str(place)).to_pyarrow_table().to_pylist() if place.exists() else []
+
+    def closed(self) -> list[tuple[str, int, float | None, float | None]]:
+        rows = sorted(self.rows("closed"), key=lambda row: row["ready_seq"])
+        assert [row["ready_seq"] for row in rows] == list(range(len(rows)))
+        return [(r["example_id"], minute_of(r["event_time"]), r["click"], r["buy"]) for r in rows]
+
+    def late(self) -> list[tuple[str, int, float | None, float | None]]:
+        rows = self.rows("late_labels")
+        return sorted(
+            ((r["example_id"], minute_of(r["label_time"]), r["click"], r["buy"]) for r in rows), key=str
+        )
+
+
+class Reference:
+    """The same by hand: lists, loops, no code of the service."""
+
+    def __init__(self) -> None:
+        self.time_of: dict[str, int] = {}
+        self.late_examples: set[str] = set()
+        self.said: list[tuple[str, int, dict[str, float]]] = []
+        self.closed: list[tuple[str, int, float | None, float | None]] = []
+        self.labels_seen: dict[str, int] = {}
+        self.latest: int | None = None
+
+    def examples(self, rows: Sequence[tuple[str, int]]) -> None:
+        for name, minute in rows:
+            if name not in self.time_of:
+                self.time_of[name] = minute
+                if self.latest is not None and minute < self.latest - LATENESS:
+                    self.late_examples.add(name)
+        self.latest = max([minute for _, minute in rows] + ([] if self.latest is None else [self.latest]))
+
+    def labels(self, rows: Sequence[tuple[str, int, dict[str, float]]]) -> None:
+        self.said += [row for row in rows if row not in self.said]
+
+    def settle(self) -> None:
+        if self.latest is None:
+            return
+        due = [
+            (minute, name)
+            for name, minute in self.time_of.items()
+            if name not in self.labels_seen and minute + 2 * WINDOW < self.latest - LATENESS + 0.9
+        ]
+        for minute, name in sorted(due):
+            values = []
+            for task, window, silent in (("click", WINDOW, 0.0), ("buy", 2 * WINDOW, None)):
+                inside = [
+                    (label_minute, place, labels[task])
+                    for place, (of, label_minute, labels) in enumerate(self.said)
+                    if of == name and task in labels and 0 <= label_minute - minute <= window
+                ]
+                values.append(max(inside)[2] if inside else silent)
+            self.closed.append((name, minute, values[0], values[1]))
+            self.labels_seen[name] = len(self.said)
+
+    def late(self) -> list[tuple[str, int, float | None, float | None]]:
+        found = []
+        for place, (name, label_minute, labels) in enumerate(self.said):
+            if name not in self.labels_seen:
+                continue
+            late = dict(labels)
+            if place < self.labels_seen[name]:
+                for task, window in (("click", WINDOW), ("buy", 2 * WINDOW)):
+                    if 0 <= label_minute - self.time_of[name] <= window:
+                        late.pop(task, None)
+            if late:
+                found.append((name, label_minute, late.get("click"), late.get("buy")))
+        return sorted(found, key=str)
+
+
+NAMES = st.sampled_from([f"e{i}" for i in range(12)])
+EXAMPLES = st.lists(st.tuples(NAMES, st.integers(0, 300)), min_size=1, max_size=6, unique_by=lambda row: row[0])
+VALUES = st.fixed_dictionaries({}, optional={"click": st.sampled_from([0.0, 1.0]), "buy": st.sampled_from([0.5, 1.0])})
+LABELS = st.lists(st.tuples(NAMES, st.integers(0, 400), VALUES.filter(bool)), min_size=1, max_size=6)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("examples"), EXAMPLES),
+        st.tuples(st.just("labels"), LABELS),
+        st.tuples(st.just("settle"), st.booleans()),
+    ),
+    min_size=1,
+    max_size=14,
+)
+_RUNS = iter(range(10**6))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPS)
+def test_closed_rows_and_late_labels_are_those_of_the_reference(api: Api, steps: list[tuple[str, Any]]) -> None:
+    stream, reference = Stream(api, f"d{next(_RUNS)}"), Reference()
+    for what, rows in [*steps, ("settle", False)]:
+        if what == "settle":
+            if rows:
+                stream.restart()
+            stream.settle()
+            reference.settle()
+        else:
+            getattr(stream, what)(rows)
+            getattr(reference, what)(rows)
+    stream.stop()
+    stream.client.close()
+
+    assert stream.closed() == reference.closed
+    assert stream.late() == reference.late()
+    late = {row["example_id"] for row in stream.rows("examples") if row["is_late"]}
+    assert late == reference.late_examples
