@@ -10,6 +10,7 @@ import pyarrow.dataset as pads
 from das_service.tables.duck import quoted_path
 from das_service.tables.durable_table import DurableTable
 from schemas.dataset import DatasetSpec
+from schemas.entries import Position
 from schemas.tables import EVENT_DAY, EXAMPLE_HASH, LABEL_HASH
 
 _SAME = f"{{a}}.{EXAMPLE_HASH} = {{b}}.{EXAMPLE_HASH} AND {{a}}.example_id = {{b}}.example_id"
@@ -131,3 +132,18 @@ def _nothing(spec: DatasetSpec) -> str:
         f"NULL::BIGINT AS {EXAMPLE_HASH}"
     )
     return f"SELECT {head}{tasks} LIMIT 0"
+
+
+def number_of(position: Position | None) -> int:
+    """Give a position as a number, -1 before the first."""
+    return -1 if position is None else position.number
+
+
+def from_day(days: Iterable[dt.date], first: dt.date) -> list[dt.date]:
+    """Give the days from the first on, in order."""
+    return [day for day in sorted(days) if day >= first]
+
+
+def shifted(day: dt.date, days: int) -> dt.date:
+    """Give the day so many days later, the first or last one that there is at the ends of time."""
+    return dt.date.fromordinal(min(max(day.toordinal() + days, 1), dt.date.max.toordinal()))

@@ -15,7 +15,7 @@ A window reaches from max_future_seconds before event_time (clocks differ) to la
 
 import datetime as dt
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log
 from das_service.logs.streams import LogCounters
 from das_service.redis_client import UNREACHABLE
-from das_service.sink.close_queries import Sources, closable_rows, labels_of, late_after, late_at_closing
+from das_service.sink.close_queries import Sources, closable_rows, from_day, labels_of, number_of, shifted
 from das_service.sink.compaction import compact_step
 from das_service.sink.feed import Feed, FeedWork
+from das_service.sink.late_labels import LateLabels, ready_name
 from das_service.sink.watermarks import Watermarks, latest_name
 from das_service.tables.durable_table import DurableTable, LostOwnershipError
 from schemas import keys
@@ -37,33 +38,19 @@ from schemas.entries import Position
 from schemas.tables import (
     CLOSED,
     EVENT_DAY,
-    LATE_LABELS,
     closed_table_schema,
     event_days,
-    labels_table_schema,
 )
 
 log = logging.getLogger("das.sink")
 Int64s = NDArray[np.int64]
 LATE_SECONDS = 10.0
-_LOOK_BACK = dt.timedelta(days=31)  # a label that comes later than that after its window stays in `labels` alone
-_EARLIER = dt.timedelta(days=32)  # a label's event_day may be the month before its example's
-_EPOCH = dt.date(1970, 1, 1).toordinal()
+_EPOCH_DAY = dt.date(1970, 1, 1)
 
 
 def watermark_name(partition: int) -> str:
     """Name under which `closed` remembers up to which watermark a partition is closed, in microseconds."""
     return f"watermark/{partition}"
-
-
-def ready_name(partition: int) -> str:
-    """Name under which a table remembers the next ready_seq of a partition: `late_labels` the next to look at."""
-    return f"ready_seq/{partition}"
-
-
-def labels_name(partition: int) -> str:
-    """Name under which `late_labels` remembers the last position of the labels log that it looked at."""
-    return f"labels/{partition}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,25 +70,25 @@ class Closer:
         self._work = work
         self._dataset = dataset
         self.logs = logs
-        names = [name(p) for p in range(logs.partitions) for name in (watermark_name, ready_name, labels_name)]
-        self.closed = self._table(CLOSED, closed_table_schema(spec), names)
-        self.late = self._table(LATE_LABELS, labels_table_schema(spec), names)
+        self.closed = DurableTable(
+            work.folder,
+            dataset,
+            CLOSED,
+            schema=closed_table_schema(spec),
+            partitions=logs.partitions,
+            retention_hours=work.settings.retention_hours,
+            numbers=[name(p) for p in range(logs.partitions) for name in (watermark_name, ready_name)],
+        )
+        self.late = LateLabels(work, self.closed, spec)
         self._is_open = False
         self._watermarks = Watermarks()
         self._bounds: dict[int, Bound] = {}
         self._due_at = float("-inf")
         self._late_at = float("-inf")
 
-    def _table(self, name: str, schema: pa.Schema, numbers: Sequence[str]) -> DurableTable:
-        return DurableTable(
-            self._work.folder,
-            self._dataset,
-            name,
-            schema=schema,
-            partitions=self.logs.partitions,
-            retention_hours=self._work.settings.retention_hours,
-            numbers=numbers,
-        )
+    def follow(self, spec: DatasetSpec) -> None:
+        """Take notice of other limits and windows."""
+        self.spec = self.late.spec = spec
 
     def close(self) -> None:
         """Forget the loaded tables: the next turn opens them again."""
@@ -147,7 +134,7 @@ class Closer:
         try:
             return any(
                 compact_step(table, most_small_files=most_small_files, target_bytes=target_bytes)
-                for table in (self.closed, self.late)
+                for table in (self.closed, self.late.table)
             )
         except Exception as error:  # noqa: BLE001 - as in turn
             self._is_open = False
@@ -159,7 +146,7 @@ class Closer:
         if self._is_open:
             return
         self.closed.open(epoch=self.logs.epoch)
-        self.late.open(epoch=self.logs.epoch)
+        self.late.table.open(epoch=self.logs.epoch)
         self._is_open = True
         self._bounds = {}
         for partition in range(self.logs.partitions):
@@ -178,7 +165,7 @@ class Closer:
         now_us: int,
     ) -> bool:
         examples, labels = feeds[EXAMPLES], feeds[LABELS]
-        is_moved = self._write_late_of_closed(labels)
+        is_moved = self.late.write_of_closed(labels)
         self._look(examples, counters, now=now)
         closable = self._closable(labels)
         if closable:
@@ -191,7 +178,7 @@ class Closer:
                     self._due_at = now  # there may be more
         if now - self._late_at >= LATE_SECONDS:
             self._late_at = now
-            is_moved |= self._write_late_after(labels)
+            is_moved |= self.late.write_after(labels)
         return is_moved
 
     # ---- how far
@@ -202,7 +189,7 @@ class Closer:
         numbers = examples.table.state.numbers
         latest = {partition: numbers.get(latest_name(partition)) for partition in partitions}
         waiting = {
-            partition: _last(counters.get((partition, EXAMPLES))) - _number(examples.positions.get(partition))
+            partition: _last(counters.get((partition, EXAMPLES))) - number_of(examples.positions.get(partition))
             for partition in partitions
         }
         reached = self._watermarks.look(
@@ -219,7 +206,7 @@ class Closer:
         found = {
             partition: bound
             for partition, bound in self._bounds.items()
-            if _number(labels.positions.get(partition)) >= bound.labels_through
+            if number_of(labels.positions.get(partition)) >= bound.labels_through
         }
         for partition in found:
             del self._bounds[partition]
@@ -268,7 +255,7 @@ class Closer:
 
     def _open_days(self, examples: DurableTable, last_us: int) -> list[dt.date]:
         """Give the event days before last_us of which `closed` has fewer rows than `examples`."""
-        last_day = dt.date.fromordinal(_EPOCH + last_us // 86_400_000_000)
+        last_day = shifted(_EPOCH_DAY, last_us // 86_400_000_000)
         closed = self.closed.days
         return [
             day
@@ -321,7 +308,7 @@ class Closer:
             mine = np.flatnonzero(partitions == partition)
             first = numbers.get(ready_name(partition), 0)
             ready[mine] = first + np.arange(len(mine))
-            through[mine] = _number(labels.positions.get(partition))
+            through[mine] = number_of(labels.positions.get(partition))
             numbers[ready_name(partition)] = first + len(mine)
         said = self._labels_of(rows, labels.table)
         columns = {
@@ -335,7 +322,7 @@ class Closer:
         table = pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
         self.closed.commit(table, {}, numbers=numbers)
         self._work.metrics.committed_rows.labels(self._dataset, CLOSED).inc(rows.num_rows)
-        self._write_late_of_closed(labels, days=set(rows[EVENT_DAY].to_pylist()))
+        self.late.write_of_closed(labels, days=set(rows[EVENT_DAY].to_pylist()))
 
     # ---- labels
 
@@ -362,73 +349,7 @@ class Closer:
     def _label_days(self, labels: DurableTable, rows: pa.Table) -> list[dt.date]:
         """Give the days in which labels of the rows may lie, whether in their window or after."""
         earliest_us = pc.min(rows["event_time"]).cast(pa.int64()).as_py() - self.spec.max_future_seconds * 1_000_000
-        return _from_day(labels.days, _day_of(earliest_us, self.spec.table_granularity))
-
-    def _write_late_of_closed(self, labels: Feed, *, days: Collection[dt.date] | None = None) -> bool:
-        """Write the labels that were there when their example was closed, and out of its window.
-
-        days: event days of the examples that were closed since the last time, if known.
-        """
-        closed, late = self.closed.state.numbers, self.late.state.numbers
-        ranges = {p: (late.get(ready_name(p), 0), closed.get(ready_name(p), 0)) for p in range(self.logs.partitions)}
-        ranges = {p: (first, end) for p, (first, end) in ranges.items() if end > first}
-        if not ranges or not self.spec.tasks:
-            return False
-        with self._work.duck.cursor() as cursor:
-            cursor.register(
-                "ranges",
-                pa.table(
-                    {
-                        "partition": pa.array(list(ranges), pa.int32()),
-                        "first": pa.array([first for first, _ in ranges.values()], pa.int64()),
-                        "end": pa.array([end for _, end in ranges.values()], pa.int64()),
-                    }
-                ),
-            )
-            read = sorted(self.closed.days if days is None else days)
-            first_label = (read[0] if read else dt.date.min) - _EARLIER
-            closed_files = Sources.read(cursor, "closed", self.closed, read)
-            label_files = Sources.read(cursor, "labels", labels.table, _from_day(labels.table.days, first_label))
-            found = cursor.sql(late_at_closing(self.spec, closed_files, label_files)).to_arrow_table()
-        self._commit_late(found, {ready_name(p): end for p, (_, end) in ranges.items()})
-        return True
-
-    def _write_late_after(self, labels: Feed) -> bool:
-        """Write the labels that were committed after their example was closed."""
-        late = self.late.state.numbers
-        through = {p: _number(at) for p, at in labels.positions.items()}
-        behind = {p: late.get(labels_name(p), -1) for p in through}
-        if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
-            return False
-        lowest = min(behind[p] for p in through if behind[p] < through[p])
-        with self._work.duck.cursor() as cursor:
-            days = [
-                day
-                for day, files in sorted(labels.table.days.items())
-                if any(file.last_position is None or file.last_position > lowest for file in files)
-            ]
-            back = _LOOK_BACK + dt.timedelta(seconds=self.spec.label_window_seconds)
-            first_closed = days[0] - min(back, days[0] - dt.date.min) if days else dt.date.max
-            closed_files = Sources.read(cursor, "closed", self.closed, _from_day(self.closed.days, first_closed))
-            label_files = Sources.read(cursor, "labels", labels.table, days)
-            query = late_after(self.spec, closed_files, label_files)
-            found = cursor.sql(query, params={"lowest": lowest}).to_arrow_table()
-        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
-        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
-        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
-        self._commit_late(found, {labels_name(p): at for p, at in through.items()})
-        return True
-
-    def _commit_late(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
-        schema = labels_table_schema(self.spec)
-        table = pa.table([rows[field.name].cast(field.type) for field in schema], schema=schema)
-        self.late.commit(table, {}, numbers=numbers)
-        if rows.num_rows:
-            self._work.metrics.late_labels.labels(self._dataset).inc(rows.num_rows)
-
-
-def _from_day(days: Iterable[dt.date], first: dt.date) -> list[dt.date]:
-    return [day for day in sorted(days) if day >= first]
+        return from_day(labels.days, _day_of(earliest_us, self.spec.table_granularity))
 
 
 def _numbered(rows: pa.Table) -> pa.Table:
@@ -441,12 +362,10 @@ def _day_of(microseconds: int, granularity: str) -> dt.date:
     return day
 
 
-def _number(position: Position | None) -> int:
-    return -1 if position is None else position.number
-
-
 def _last(counted: LogCounters | None) -> int:
-    """Give the position of a log's last entry, -1 if it has none in its epoch."""
-    if counted is None or counted.last < 0:
+    """Give the position of a log's last entry, also of one that survived from an earlier epoch; -1 if it has none."""
+    if counted is None:
         return -1
+    if counted.last < 0:
+        return number_of(counted.older)
     return Position(epoch=counted.epoch, seq=counted.last).number

@@ -181,7 +181,7 @@ class DatasetSink:
         closer = self._closer
         if closer is None or closer.logs != logs:
             closer = Closer(self._work, self.dataset, self._spec, logs)
-        closer.spec = self._spec
+        closer.follow(self._spec)
         return closer
 
     def _trim(self, kind: str) -> None:

@@ -1,11 +1,12 @@
 """Closing against a plain re-statement: which rows are closed when, with which labels, and which labels are late."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from das_service.metrics import Metrics
 from das_service.role import RoleContext
 from das_service.sink.sink import Sink
-from tests.served import Api
+from das_service.tables.durable_table import DurableTable
+from tests.served import Api, Stand
 
 START = datetime(2026, 3, 1, 6, tzinfo=UTC)
 WINDOW, LATENESS = 30, 10
@@ -34,6 +36,10 @@ def at(minute: int) -> str:
     return (START + timedelta(minutes=minute)).isoformat()
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
 def minute_of(time: datetime) -> int:
     return round((time - START).total_seconds() / 60)
 
@@ -45,12 +51,13 @@ class Stream:
     api: Api
     dataset: str
     now: float = 0.0
+    partitions: int = 1
     sink: Sink | None = None
     client: redis.Redis = field(init=False)
 
     def __post_init__(self) -> None:
         self.client = redis.Redis.from_url(self.api.settings.redis_url.get_secret_value(), protocol=2)
-        self.api.declare(self.dataset, SPEC)
+        self.api.declare(self.dataset, {**SPEC, "partitions": self.partitions})
 
     def examples(self, rows: Sequence[tuple[str, int]]) -> None:
         body = [{"example_id": name, "event_time": at(minute), "price": 1.0} for name, minute in rows]
@@ -69,10 +76,18 @@ class Stream:
             sink.step(now=self.now)
         assert sink.health() == []
 
-    def restart(self) -> Sink:
+    def let_time_pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.settle()
+
+    def restart(self, **overrides: Any) -> Sink:
         """Take another sink, as after a crash."""
         context = RoleContext(
-            self.api.settings, role="sink", instance=f"s{self.now}", client=self.client, metrics=Metrics("sink")
+            self.api.settings.model_copy(update=overrides),
+            role="sink",
+            instance=f"s{self.now}",
+            client=self.client,
+            metrics=Metrics("sink"),
         )
         self.stop()
         self.sink = Sink(context)
@@ -96,9 +111,7 @@ class Stream:
 
     def late(self) -> list[tuple[str, int, float | None, float | None]]:
         rows = self.rows("late_labels")
-        return sorted(
-            ((r["example_id"], minute_of(r["label_time"]), r["click"], r["buy"]) for r in rows), key=str
-        )
+        return sorted(((r["example_id"], minute_of(r["label_time"]), r["click"], r["buy"]) for r in rows), key=str)
 
 
 class Reference:
@@ -194,3 +207,133 @@ def test_closed_rows_and_late_labels_are_those_of_the_reference(api: Api, steps:
     assert stream.late() == reference.late()
     late = {row["example_id"] for row in stream.rows("examples") if row["is_late"]}
     assert late == reference.late_examples
+
+
+@pytest.fixture
+def stream(api: Api) -> Iterator[Stream]:
+    made = Stream(api, "one")
+    yield made
+    made.stop()
+    made.client.close()
+
+
+FEW = [("a", 0), ("b", 5), ("end", 200)]
+
+
+def test_rows_wait_for_the_scores_of_required_fms_and_no_longer_than_they_may(stream: Stream) -> None:
+    stream.api.declare_fm("f", stream.dataset)
+    stream.examples(FEW)
+    stream.settle()
+    assert stream.closed() == []
+
+    stream.restart(close_wait_seconds=0.0)
+    stream.settle()
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]
+
+
+def test_rows_are_closed_once_they_are_scored_or_dead_lettered(stream: Stream) -> None:
+    stream.api.declare_fm("f", stream.dataset)
+    stand = Stand(stream.api.settings, stream.client, dataset=stream.dataset)
+    stand.validate()
+    stream.examples(FEW[:1])
+    stand.work()
+    stream.examples(FEW[1:])
+    stream.settle()
+    assert [row[0] for row in stream.closed()] == ["a"]
+
+    stand.work(fail=True)
+    stream.settle()
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]
+
+
+def test_an_fm_that_is_not_required_is_not_waited_for(stream: Stream) -> None:
+    stream.api.declare_fm("f", stream.dataset, required=False)
+    stream.examples(FEW)
+    stream.settle()
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]
+
+
+def test_an_fm_that_came_later_is_not_waited_for(stream: Stream) -> None:
+    stream.examples(FEW)
+    stream.api.declare_fm("f", stream.dataset)
+    stream.settle()
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]
+
+
+def test_the_last_rows_of_a_stream_close_as_time_goes_by(stream: Stream) -> None:
+    stream.examples([("a", 0), ("b", 5)])
+    stream.labels([("a", 3, {"click": 1.0})])
+    stream.settle()
+    assert stream.closed() == []
+
+    stream.let_time_pass(60.0 * (2 * WINDOW + LATENESS + 10))
+
+    assert stream.closed() == [("a", 0, 1.0, None), ("b", 5, 0.0, None)]
+
+
+@pytest.mark.parametrize("table", ["closed", "late_labels"])
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_a_crash_at_a_commit_neither_loses_nor_doubles_a_row_or_a_late_label(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, table: str, step: str
+) -> None:
+    commit = DurableTable.commit
+
+    def cut(self: DurableTable, *args: Any, **kwargs: Any) -> None:
+        if self.table != table:
+            commit(self, *args, **kwargs)
+            return
+        if step == "after":
+            commit(self, *args, **kwargs)
+        raise Killed
+
+    stream.examples(FEW)
+    stream.labels([("a", 3, {"click": 1.0}), ("a", 100, {"click": 0.0}), ("b", 150, {"buy": 1.0})])
+    monkeypatch.setattr(DurableTable, "commit", cut)
+    with pytest.raises(Killed):
+        stream.settle()
+    monkeypatch.setattr(DurableTable, "commit", commit)
+    stream.restart()
+    stream.settle()
+    stream.labels([("b", 10, {"click": 1.0})])
+    stream.settle()
+
+    assert stream.closed() == [("a", 0, 1.0, None), ("b", 5, 0.0, None)]
+    assert stream.late() == [("a", 100, 0.0, None), ("b", 10, 1.0, None), ("b", 150, None, 1.0)]
+
+
+def test_each_partition_counts_its_ready_rows_and_all_rows_close(api: Api) -> None:
+    stream = Stream(api, "many", partitions=3)
+    rows = [(f"e{i}", i % 90) for i in range(400)]
+    for first in range(0, 400, 50):
+        stream.examples(rows[first : first + 50])
+        stream.settle()
+    stream.examples([("end", 400)])
+    for _ in range(3):
+        stream.settle()
+    found = stream.rows("closed")
+    stream.stop()
+    stream.client.close()
+
+    assert sorted(row["example_id"] for row in found) == sorted(name for name, _ in rows)
+    for partition in range(3):
+        ready = sorted(row["ready_seq"] for row in found if row["partition"] == partition)
+        assert ready == list(range(len(ready)))
+
+
+def test_compaction_changes_no_closed_row(stream: Stream) -> None:
+    for part in range(6):
+        stream.examples([(f"e{part}", 10 * part), (f"end{part}", 100 + 10 * part)])
+        stream.settle()
+    before = stream.closed()
+    assert stream.sink is not None
+    closer = stream.sink._datasets[stream.dataset]._closer
+    assert closer is not None
+
+    assert closer.compact(most_small_files=1)
+
+    assert len(before) == 6
+    assert stream.closed() == before

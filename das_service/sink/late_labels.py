@@ -1,0 +1,112 @@
+"""Late labels: those that an example was closed without, each written once, whatever dies when.
+
+A label is late if it was committed after its example was closed (its position lies after `labels_through`), or if it
+was there and lies out of its task's window. The first kind is looked for now and then, as labels come; the second right
+after each commit of `closed`. The table remembers how far each look went: in the labels log, and in ready_seq.
+"""
+
+import datetime as dt
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from das_service.sink.close_queries import Sources, from_day, late_after, late_at_closing, number_of, shifted
+from das_service.sink.feed import Feed, FeedWork
+from das_service.tables.durable_table import DurableTable
+from schemas import keys
+from schemas.dataset import DatasetSpec
+from schemas.tables import LATE_LABELS, labels_table_schema
+
+_LOOK_BACK_DAYS = 31  # a label that comes later than that after its window stays in `labels` alone
+_EARLIER_DAYS = 32  # a label's event_day may be the month before its example's
+
+
+def ready_name(partition: int) -> str:
+    """Name under which a table remembers the next ready_seq of a partition; `late_labels`: the next to look at."""
+    return f"ready_seq/{partition}"
+
+
+def labels_name(partition: int) -> str:
+    """Name under which `late_labels` remembers the last position of the labels log that it looked at."""
+    return f"labels/{partition}"
+
+
+class LateLabels:
+    """Writes the late labels of one dataset. The sink's one thread uses it; `closed` is the closer's."""
+
+    def __init__(self, work: FeedWork, closed: DurableTable, spec: DatasetSpec) -> None:
+        self.spec = spec
+        self._work = work
+        self._closed = closed
+        self.table = DurableTable(
+            work.folder,
+            closed.dataset,
+            LATE_LABELS,
+            schema=labels_table_schema(spec),
+            partitions=spec.partitions,
+            retention_hours=work.settings.retention_hours,
+            numbers=[name(p) for p in range(spec.partitions) for name in (ready_name, labels_name)],
+        )
+
+    def write_of_closed(self, labels: Feed, *, days: Collection[dt.date] | None = None) -> bool:
+        """Write the labels that were there when their example was closed, and out of its window.
+
+        days: event days of the examples that were closed since the last time, if known.
+        """
+        closed, late = self._closed.state.numbers, self.table.state.numbers
+        ranges = {p: (late.get(ready_name(p), 0), closed.get(ready_name(p), 0)) for p in range(self.spec.partitions)}
+        ranges = {p: (first, end) for p, (first, end) in ranges.items() if end > first}
+        if not ranges or not self.spec.tasks:
+            return False
+        with self._work.duck.cursor() as cursor:
+            cursor.register(
+                "ranges",
+                pa.table(
+                    {
+                        "partition": pa.array(list(ranges), pa.int32()),
+                        "first": pa.array([first for first, _ in ranges.values()], pa.int64()),
+                        "end": pa.array([end for _, end in ranges.values()], pa.int64()),
+                    }
+                ),
+            )
+            read = sorted(self._closed.days if days is None else days)
+            first_label = shifted(read[0] if read else dt.date.min, -_EARLIER_DAYS)
+            closed_files = Sources.read(cursor, "closed", self._closed, read)
+            label_files = Sources.read(cursor, "labels", labels.table, from_day(labels.table.days, first_label))
+            found = cursor.sql(late_at_closing(self.spec, closed_files, label_files)).to_arrow_table()
+        self._commit(found, {ready_name(p): end for p, (_, end) in ranges.items()})
+        return True
+
+    def write_after(self, labels: Feed) -> bool:
+        """Write the labels that were committed after their example was closed."""
+        late = self.table.state.numbers
+        through = {p: number_of(at) for p, at in labels.positions.items()}
+        behind = {p: late.get(labels_name(p), -1) for p in through}
+        if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
+            return False
+        lowest = min(behind[p] for p in through if behind[p] < through[p])
+        with self._work.duck.cursor() as cursor:
+            days = [
+                day
+                for day, files in sorted(labels.table.days.items())
+                if any(file.last_position is None or file.last_position > lowest for file in files)
+            ]
+            back = _LOOK_BACK_DAYS + -(-self.spec.label_window_seconds // 86_400)
+            first_closed = shifted(days[0], -back) if days else dt.date.max
+            closed_files = Sources.read(cursor, "closed", self._closed, from_day(self._closed.days, first_closed))
+            label_files = Sources.read(cursor, "labels", labels.table, days)
+            query = late_after(self.spec, closed_files, label_files)
+            found = cursor.sql(query, params={"lowest": lowest}).to_arrow_table()
+        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
+        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
+        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
+        self._commit(found, {labels_name(p): at for p, at in through.items()})
+        return True
+
+    def _commit(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
+        schema = labels_table_schema(self.spec)
+        table = pa.table([rows[field.name].cast(field.type) for field in schema], schema=schema)
+        self.table.commit(table, {}, numbers=numbers)
+        if rows.num_rows:
+            self._work.metrics.late_labels.labels(self._closed.dataset).inc(rows.num_rows)
