@@ -74,7 +74,7 @@ DATASET_SPEC: Final[dict[str, Any]] = {
         *(_category(name, "string", nullable=True) for name in _DEMOGRAPHICS),
         *({"name": name, "type": "float"} for name in _FLOATS),
     ],
-    "tasks": [{"name": LABEL_COLUMN, "label_window_seconds": 3600, "negative_if_silent": True}],
+    "tasks": [{"name": LABEL_COLUMN, "label_window_seconds": 3600, "negative_if_silent": False}],  # none are posted yet
     "partitions": 4,
     "table_granularity": "day",
     "max_age_days": None,

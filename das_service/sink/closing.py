@@ -15,6 +15,7 @@ A window reaches from max_future_seconds before event_time (clocks differ) to la
 
 import datetime as dt
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from das_service.logs.streams import LogCounters
 from das_service.redis_client import UNREACHABLE
 from das_service.sink.close_queries import Sources, closable_rows, from_day, labels_of, number_of, shifted
 from das_service.sink.compaction import compact_step
-from das_service.sink.feed import Feed, FeedWork
+from das_service.sink.feed import VACUUM_SECONDS, Feed, FeedWork
 from das_service.sink.late_labels import LateLabels, ready_name
 from das_service.sink.watermarks import Watermarks, latest_name
 from das_service.tables.durable_table import DurableTable, LostOwnershipError
@@ -85,6 +86,7 @@ class Closer:
         self._bounds: dict[int, Bound] = {}
         self._due_at = float("-inf")
         self._late_at = float("-inf")
+        self._vacuumed_at = time.monotonic()
 
     def follow(self, spec: DatasetSpec) -> None:
         """Take notice of other limits and windows."""
@@ -126,12 +128,16 @@ class Closer:
         self.problem = ""
         return is_moved
 
-    def compact(self, *, most_small_files: int) -> bool:
-        """Put some small files together if there are too many; give whether that was done."""
+    def compact(self, *, now: float, most_small_files: int) -> bool:
+        """Put some small files together if there are too many; give whether that was done. now: monotonic seconds."""
         if not self._is_open:
             return False
         target_bytes = self._work.settings.compact_target_bytes
         try:
+            if now - self._vacuumed_at >= VACUUM_SECONDS:
+                self._vacuumed_at = now
+                for table in (self.closed, self.late.table):
+                    table.vacuum()
             return any(
                 compact_step(table, most_small_files=most_small_files, target_bytes=target_bytes)
                 for table in (self.closed, self.late.table)

@@ -227,7 +227,7 @@ class DatasetSink:
         busy = True
         while busy and time.monotonic() < until:
             busy = self._compact_next(now, most)
-            busy = (self._closer is not None and self._closer.compact(most_small_files=most)) or busy
+            busy = (self._closer is not None and self._closer.compact(now=now, most_small_files=most)) or busy
             if wish is None:
                 return
         is_met = not busy and not self.problems and all(feed.positions for feed in self._feeds.values())

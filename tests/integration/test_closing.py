@@ -333,7 +333,7 @@ def test_compaction_changes_no_closed_row(stream: Stream) -> None:
     closer = stream.sink._datasets[stream.dataset]._closer
     assert closer is not None
 
-    assert closer.compact(most_small_files=1)
+    assert closer.compact(now=stream.now, most_small_files=1)
 
     assert len(before) == 6
     assert stream.closed() == before
