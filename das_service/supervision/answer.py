@@ -78,11 +78,10 @@ def judge(
 
     Source: docs/contract.md, section 5
     """
-    status = np.where(waits, PENDING, MISSING).astype(np.int8)
+    status = np.where(waits, np.int8(PENDING), np.int8(MISSING))
     if not found.any():
         return status
-    numbers = np.where(found, values["_snapshot"], 0)
-    event_time, trained_through = values["_event_time"], trained_through_us[numbers]
+    event_time, trained_through = values["_event_time"], _of_snapshots(values["_snapshot"], found, trained_through_us)
     status[found] = PRESENT
     if max_gap_seconds is not None:
         gap_us = min(int(max_gap_seconds * 1_000_000), _NEVER_US)
@@ -91,6 +90,13 @@ def judge(
     status[found & (trained_through > event_time)] = LEAKY
     status[found & (values["_state"] == FAILED)] = _FAILED
     return status
+
+
+def _of_snapshots(numbers: NDArray[Any], found: Mask, by_number: NDArray[np.int64]) -> Any:  # noqa: ANN401
+    """Give what each row's snapshot has; one number if all rows have one snapshot, as most windows of a join do."""
+    if len(numbers) and found.all() and (numbers == numbers[0]).all():
+        return by_number[int(numbers[0])]
+    return by_number[np.where(found, numbers, 0)]
 
 
 def trained_through_by_number(catalog: Catalog, dataset: str, record: FmRecord) -> NDArray[np.int64]:
@@ -113,12 +119,13 @@ def supervision_columns(judged: Judged, record: FmRecord, query: LookupQuery) ->
     ]
     if record.outputs is None:
         return [(pa.field(name, array.type), array) for name, array in columns]
-    numbers = values["_snapshot"].astype(np.int32)
+    numbers = np.ascontiguousarray(values["_snapshot"], np.int32)
     indices = pa.Array.from_buffers(pa.int32(), len(status), [_bitmap(present), pa.py_buffer(numbers)])
     columns.append(
         (f"{fm}__snapshot_id", pa.DictionaryArray.from_arrays(indices, pa.array(judged.snapshots, pa.string())))
     )
-    trained_through = np.where(status == PRESENT, judged.trained_through_us[values["_snapshot"]], 0)
+    is_present = status == PRESENT
+    trained_through = np.where(is_present, _of_snapshots(numbers, is_present, judged.trained_through_us), np.int64(0))
     columns.append((f"{fm}__trained_through", _primitive(trained_through, TIMESTAMP, present)))
     columns.append((f"{fm}__scored_at", _primitive(values["_scored_at"], TIMESTAMP, present)))
     columns += [

@@ -267,9 +267,9 @@ class _WindowJoin:
             self._find_on_the_way(waits)  # before the dead letters: one that is scored after all is failed no more
         if not self._found.all():
             self._find_dead_letters()
-        absent = ~self._found
-        for name in ("_snapshot", "_event_time"):
-            self._values[name][absent] = 0
+        if not self._found.all():
+            for name in ("_snapshot", "_event_time"):
+                self._values[name][~self._found] = 0
         status = judge(
             self._values, self._found, waits, self._fm.trained_through_us, self._query.max_freshness_gap_seconds
         )

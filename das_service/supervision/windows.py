@@ -65,7 +65,7 @@ class Window:
 
     def days(self) -> Int64s:
         """Give the event days of the rows, each once; quick where neighbours are of one day."""
-        changes = np.flatnonzero(np.diff(self.event_day))
+        changes = np.flatnonzero(self.event_day[1:] != self.event_day[:-1])
         return np.unique(self.event_day[np.concatenate([[0], changes + 1])])
 
     def batches(self) -> list[pa.RecordBatch]:
@@ -119,7 +119,7 @@ def iter_windows(rows: Iterable[Rows], *, most_rows: int, granularity: str) -> I
 def cut_place(event_day: Int64s, most_rows: int) -> int:
     """Give how many of these rows make a window: up to the last change of day in the second half of most_rows."""
     window = event_day[: most_rows + 1]
-    changes = np.flatnonzero(np.diff(window)) + 1
+    changes = np.flatnonzero(window[1:] != window[:-1]) + 1
     changes = changes[changes > most_rows // 2]
     return int(changes[-1]) if len(changes) else min(most_rows, len(event_day))
 
