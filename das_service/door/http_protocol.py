@@ -14,6 +14,7 @@ from das_service.door.problems import problem
 MAX_HEAD_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 READ_AHEAD_BYTES = 1024 * 1024
+WAKE_BYTES, WAKE_SECONDS = 256 * 1024, 1.0
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -29,6 +30,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
+        self._woken_at = 0.0
         self._untaken_bytes = 0
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -66,9 +68,12 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle.response_complete:
             return
         self.cycle.body += body
-        if len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB: 2 ms for a body of 2 MB
+        num_bytes, now = len(self.cycle.body), self.loop.time()
+        if num_bytes > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB: 2 ms for a body of 2 MB
             self.flow.pause_reading()
-        self.cycle.message_event.set()
+        if num_bytes >= WAKE_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader in any case
+            self._woken_at = now
+            self.cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; a head that is still not whole may not be long, nor what is neither head nor body."""
