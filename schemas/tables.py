@@ -20,6 +20,7 @@ LATE_LABELS = "late_labels"
 CLOSED = "closed"
 EXAMPLE_HASH = "_example_hash"
 LABEL_HASH = "_label_hash"
+LOG_ROW = "_log_row"
 EVENT_DAY = "event_day"
 
 
@@ -57,7 +58,8 @@ def examples_table_schema(spec: DatasetSpec) -> pa.Schema:
 def labels_table_schema(spec: DatasetSpec) -> pa.Schema:
     """Give the schema of `labels`: whatever was said of an example's outcomes. event_day is that of label_time.
 
-    `_label_hash` stands for what a row says, all of it: a row that says the same is a repeat.
+    `_log_row` is the place of a row in its log entry: of labels at one time in one entry the last counts. `_label_hash`
+    stands for what a row says, all of it: a row that says the same is a repeat.
     """
     head = [
         pa.field("example_id", pa.string()),
@@ -67,7 +69,12 @@ def labels_table_schema(spec: DatasetSpec) -> pa.Schema:
         pa.field(EVENT_DAY, pa.date32()),
     ]
     tasks = [pa.field(task.name, pa.float32()) for task in spec.tasks]
-    return pa.schema([*head, *tasks, pa.field(LABEL_HASH, pa.int64()), pa.field(EXAMPLE_HASH, pa.int64())])
+    tail = [
+        pa.field(LOG_ROW, pa.int32()),
+        pa.field(LABEL_HASH, pa.int64()),
+        pa.field(EXAMPLE_HASH, pa.int64()),
+    ]
+    return pa.schema([*head, *tasks, *tail])
 
 
 def closed_table_schema(spec: DatasetSpec) -> pa.Schema:

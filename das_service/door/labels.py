@@ -4,7 +4,7 @@ A wrong or missing column refuses the request; a value that can't be stored refu
 task that the dataset does not have. Several labels of one example in one request are in order: each is kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from schemas.dataset import DatasetSpec, label_schema
 from schemas.hashing import fixed_width_values
 
 KEYS = ("example_id", "label_time")
-_MOST_UNKNOWN = 1000
+_MOST_UNKNOWN = 100
 Mask = NDArray[np.bool_]
 
 
@@ -52,13 +52,13 @@ def validate_labels_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits,
         "example_id": id_column(schema, batches, budget),
         "label_time": time_column(schema, batches, errors, name="label_time"),
     }
-    unknown = {}
+    unknown: dict[str, Mask] = {}
     for place, name in enumerate(schema.names):
         chunks = [batch.column(place) for batch in batches]
         if name in known:
             columns[name] = pa.concat_arrays([_as_float(chunk) for chunk in chunks] or [pa.array([], pa.float64())])
         elif name not in KEYS:
-            unknown[name] = _has_value(chunks)
+            _add_unknown(unknown, name, chunks)
     return check_labels(columns, unknown, spec, errors=errors, now_us=now_us)
 
 
@@ -69,11 +69,24 @@ def validate_labels_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, 
     errors = RowErrors(len(rows))
     columns = label_columns_of_rows(rows, spec, budget=limits.budget(), errors=errors)
     known = {*KEYS, *(task.name for task in spec.tasks)}
-    unknown = {
-        name: np.array([row.get(name) is not None for row in rows], np.bool_)
-        for name in sorted(set().union(*rows) - known)[:_MOST_UNKNOWN]
-    }
+    unknown = _unknown_of_rows(rows, known)
     return check_labels(columns, unknown, spec, errors=errors, now_us=now_us)
+
+
+def _unknown_of_rows(rows: Sequence[Mapping[str, object]], known: Collection[str]) -> dict[str, Mask]:
+    """Give by name that is no task the rows that say something of it: each row under the first of its names."""
+    found: dict[str, Mask] = {}
+    for number, row in enumerate(rows):
+        name = next((name for name, value in row.items() if value is not None and name not in known), None)
+        if name is not None:
+            _mask_of(found, name, len(rows))[number] = True
+    return found
+
+
+def _mask_of(unknown: dict[str, Mask], name: str, num_rows: int) -> Mask:
+    """Give the mask of a name; names beyond _MOST_UNKNOWN share one, so that what is held does not grow with them."""
+    key = name if name in unknown or len(unknown) < _MOST_UNKNOWN else ""
+    return unknown[key] if key in unknown else unknown.setdefault(key, np.zeros(num_rows, np.bool_))
 
 
 def check_labels(
@@ -134,6 +147,9 @@ def _as_float(chunk: pa.Array) -> pa.Array:
     return pc.cast(chunk, pa.float64(), safe=False)
 
 
-def _has_value(chunks: Sequence[pa.Array]) -> Mask:
-    masks = [np.asarray(chunk.is_valid()) for chunk in chunks]
-    return np.concatenate(masks) if masks else np.zeros(0, np.bool_)
+def _add_unknown(unknown: dict[str, Mask], name: str, chunks: Sequence[pa.Array]) -> None:
+    """Note the rows of a column that is no task where it says something."""
+    num_rows = sum(map(len, chunks))
+    if sum(chunk.null_count for chunk in chunks) < num_rows:
+        mask = _mask_of(unknown, name, num_rows)
+        mask |= np.concatenate([np.asarray(chunk.is_valid()) for chunk in chunks])

@@ -11,7 +11,7 @@ from das_service.tables.duck import quoted_path
 from das_service.tables.durable_table import DurableTable
 from schemas.dataset import DatasetSpec
 from schemas.entries import Position
-from schemas.tables import EVENT_DAY, EXAMPLE_HASH, LABEL_HASH
+from schemas.tables import EVENT_DAY, EXAMPLE_HASH, LABEL_HASH, LOG_ROW
 
 _SAME = f"{{a}}.{EXAMPLE_HASH} = {{b}}.{EXAMPLE_HASH} AND {{a}}.example_id = {{b}}.example_id"
 
@@ -76,16 +76,16 @@ def _in_window(spec: DatasetSpec, task: str, example: str) -> str:
 
 
 def labels_of(spec: DatasetSpec, labels: str | None) -> str:
-    """Give the query for what counts for the rows of `asked`: row, and per task its label, NaN where there is none."""
+    """Give the query for what counts for the rows of `asked`: _row, and per task its label, NaN where there is none."""
     if labels is None or not spec.tasks:
         nothing = "".join(f", 'nan'::FLOAT AS \"{task.name}\"" for task in spec.tasks)
-        return f"SELECT a.row{nothing} FROM asked a LIMIT 0"  # noqa: S608
+        return f"SELECT a._row{nothing} FROM asked a LIMIT 0"  # noqa: S608
     columns = "".join(
-        f', coalesce(arg_max(l."{task.name}", (epoch_us(l.label_time), l.log_position)) FILTER '
+        f', coalesce(arg_max(l."{task.name}", (epoch_us(l.label_time), l.log_position, l.{LOG_ROW})) FILTER '
         f'(WHERE l."{task.name}" IS NOT NULL AND {_in_window(spec, task.name, "a")}), \'nan\'::FLOAT) AS "{task.name}"'
         for task in spec.tasks
     )
-    return f"SELECT a.row{columns} FROM {labels} l JOIN asked a ON {_SAME.format(a='l', b='a')} GROUP BY a.row"  # noqa: S608
+    return f"SELECT a._row{columns} FROM {labels} l JOIN asked a ON {_SAME.format(a='l', b='a')} GROUP BY a._row"  # noqa: S608
 
 
 def _late_columns(spec: DatasetSpec, *, only_outside: bool) -> tuple[str, str]:
@@ -97,7 +97,8 @@ def _late_columns(spec: DatasetSpec, *, only_outside: bool) -> tuple[str, str]:
             f'CASE WHEN {inside} THEN NULL ELSE l."{task.name}" END' if only_outside else f'l."{task.name}"'
         )
     columns = "".join(f', {expression} AS "{name}"' for name, expression in tasks.items())
-    head = f"l.example_id, l.label_time, l.received_at, l.log_position, l.{EVENT_DAY}, l.{LABEL_HASH}, l.{EXAMPLE_HASH}"
+    own = ("example_id", "label_time", "received_at", "log_position", EVENT_DAY, LOG_ROW, LABEL_HASH, EXAMPLE_HASH)
+    head = ", ".join(f"l.{name}" for name in own)
     return head + columns, " OR ".join(f"({expression}) IS NOT NULL" for expression in tasks.values())
 
 
@@ -114,13 +115,14 @@ def late_at_closing(spec: DatasetSpec, closed: str | None, labels: str | None) -
 
 
 def late_after(spec: DatasetSpec, closed: str | None, labels: str | None) -> str:
-    """Give the query for labels after position $lowest whose example was closed without them."""
+    """Give the query for labels after position $lowest, up to $upper, whose example was closed without them."""
     columns, is_late = _late_columns(spec, only_outside=False)
     if closed is None or labels is None:
         return _nothing(spec)
     return (
         f"SELECT {columns} FROM {labels} l JOIN {closed} c ON {_SAME.format(a='l', b='c')} "  # noqa: S608
-        f"WHERE l.log_position > $lowest AND l.log_position > c.labels_through AND ({is_late})"
+        f"WHERE l.log_position > $lowest AND l.log_position <= $upper "
+        f"AND l.log_position > c.labels_through AND ({is_late})"
     )
 
 
@@ -129,7 +131,7 @@ def _nothing(spec: DatasetSpec) -> str:
     head = (
         "NULL::VARCHAR AS example_id, NULL::TIMESTAMPTZ AS label_time, NULL::TIMESTAMPTZ AS received_at, "
         f"NULL::BIGINT AS log_position, NULL::DATE AS {EVENT_DAY}, NULL::BIGINT AS {LABEL_HASH}, "
-        f"NULL::BIGINT AS {EXAMPLE_HASH}"
+        f"NULL::INTEGER AS {LOG_ROW}, NULL::BIGINT AS {EXAMPLE_HASH}"
     )
     return f"SELECT {head}{tasks} LIMIT 0"
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log
-from das_service.logs.streams import LogCounters
+from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.sink.close_queries import Sources, closable_rows, from_day, labels_of, number_of, shifted
 from das_service.sink.compaction import compact_step
@@ -46,7 +46,12 @@ from schemas.tables import (
 log = logging.getLogger("das.sink")
 Int64s = NDArray[np.int64]
 LATE_SECONDS = 10.0
+REMEMBER_SECONDS = 600.0
+_TURN_SHARE = 2  # a turn reads whole event days: the feeds, in the same thread, come first
+_PAUSE_SHARE = 10  # and a look for late labels reads weeks of `closed`
+_FIRST_US = -62_135_596_800_000_000  # the year 1: no event_time and no date lies before it
 _EPOCH_DAY = dt.date(1970, 1, 1)
+_DAY_US = 86_400_000_000
 
 
 def watermark_name(partition: int) -> str:
@@ -85,7 +90,8 @@ class Closer:
         self._watermarks = Watermarks()
         self._bounds: dict[int, Bound] = {}
         self._due_at = float("-inf")
-        self._late_at = float("-inf")
+        self._late_due_at = float("-inf")
+        self._remembered_at = float("-inf")
         self._vacuumed_at = time.monotonic()
 
     def follow(self, spec: DatasetSpec) -> None:
@@ -99,7 +105,6 @@ class Closer:
     def turn(
         self,
         feeds: Mapping[str, Feed],
-        counters: Mapping[tuple[int, str], LogCounters],
         required: Mapping[str, Mapping[int, Position]],
         *,
         now: float,
@@ -115,9 +120,10 @@ class Closer:
         examples, labels = feeds.get(EXAMPLES), feeds.get(LABELS)
         if examples is None or labels is None or not examples.positions or not labels.positions:
             return False
+        started_at = time.monotonic()
         try:
             self._open()
-            is_moved = self._advance(feeds, counters, required, now=now, now_us=now_us)
+            is_moved = self._advance(feeds, required, now=now, now_us=now_us)
         except UNREACHABLE:
             raise
         except Exception as error:  # closing that fails must not stop the feeds; health shows it
@@ -126,6 +132,8 @@ class Closer:
             log.warning("%s", self.problem, exc_info=not isinstance(error, LostOwnershipError | OSError))
             return False
         self.problem = ""
+        if self._due_at > now:
+            self._due_at = max(self._due_at, now + _TURN_SHARE * (time.monotonic() - started_at))
         return is_moved
 
     def compact(self, *, now: float, most_small_files: int) -> bool:
@@ -164,7 +172,6 @@ class Closer:
     def _advance(
         self,
         feeds: Mapping[str, Feed],
-        counters: Mapping[tuple[int, str], LogCounters],
         required: Mapping[str, Mapping[int, Position]],
         *,
         now: float,
@@ -172,7 +179,7 @@ class Closer:
     ) -> bool:
         examples, labels = feeds[EXAMPLES], feeds[LABELS]
         is_moved = self.late.write_of_closed(labels)
-        self._look(examples, counters, now=now)
+        self._look(examples, now=now)
         closable = self._closable(labels)
         if closable:
             sources = self._sources(feeds, list(required))
@@ -180,22 +187,36 @@ class Closer:
             if rows is not None:
                 self._close_rows(rows, labels, closable, now_us=now_us)
                 is_moved = True
-                if rows.num_rows >= self._work.settings.commit_rows:
-                    self._due_at = now  # there may be more
-        if now - self._late_at >= LATE_SECONDS:
-            self._late_at = now
+            else:
+                is_moved |= self._remember(examples, closable, now=now)
+            if rows is not None and rows.num_rows >= self._work.settings.commit_rows:
+                self._due_at = now  # there may be more, up to the same bounds
+            else:
+                for partition in closable:
+                    del self._bounds[partition]
+        if now >= self._late_due_at:
+            self._late_due_at = now + LATE_SECONDS
+            started_at = time.monotonic()
             is_moved |= self.late.write_after(labels)
+            pause = _PAUSE_SHARE * (time.monotonic() - started_at)
+            self._late_due_at = now + (pause if self.late.has_more else max(LATE_SECONDS, pause))
         return is_moved
 
     # ---- how far
 
-    def _look(self, examples: Feed, counters: Mapping[tuple[int, str], LogCounters], *, now: float) -> None:
-        """Bring the watermarks up to date, and note which labels each waits for."""
+    def _look(self, examples: Feed, *, now: float) -> None:
+        """Bring the watermarks up to date, and note which labels each waits for.
+
+        The logs' ends are read here, after the examples that moved the watermarks: what was posted before them counts.
+        """
         partitions = range(self.logs.partitions)
+        counters = read_counters(self._work.client, self._dataset, partitions, (EXAMPLES, LABELS))
         numbers = examples.table.state.numbers
         latest = {partition: numbers.get(latest_name(partition)) for partition in partitions}
         waiting = {
-            partition: _last(counters.get((partition, EXAMPLES))) - number_of(examples.positions.get(partition))
+            partition: max(
+                0, _last(counters.get((partition, EXAMPLES))) - number_of(examples.positions.get(partition))
+            )  # a log that was lost ends before the table does
             for partition in partitions
         }
         reached = self._watermarks.look(
@@ -208,15 +229,32 @@ class Closer:
                 self._bounds[partition] = Bound(watermark_us=watermark, labels_through=end)
 
     def _closable(self, labels: Feed) -> dict[int, Bound]:
-        """Give the partitions whose labels are committed as far as their watermark asks; each is asked anew after."""
-        found = {
+        """Give the partitions whose labels are committed as far as their watermark asks."""
+        return {
             partition: bound
             for partition, bound in self._bounds.items()
             if number_of(labels.positions.get(partition)) >= bound.labels_through
         }
-        for partition in found:
-            del self._bounds[partition]
-        return found
+
+    def _remember(self, examples: Feed, closable: Mapping[int, Bound], *, now: float) -> bool:
+        """Write down the watermarks now and then while rows are open, so that a restart does not lose quiet time."""
+        is_due = now - self._remembered_at >= REMEMBER_SECONDS
+        if not is_due or self.closed.state.rows >= examples.table.state.rows:
+            return False
+        self._remembered_at = now
+        numbers = self._numbers_at(closable)
+        if numbers == self.closed.state.numbers:
+            return False
+        self.closed.commit(closed_table_schema(self.spec).empty_table(), {}, numbers=numbers)
+        return True
+
+    def _numbers_at(self, closable: Mapping[int, Bound]) -> dict[str, int]:
+        """Give what `closed` remembers once these watermarks are reached."""
+        numbers = dict(self.closed.state.numbers)
+        for partition, bound in closable.items():
+            name = watermark_name(partition)
+            numbers[name] = max(bound.watermark_us, numbers.get(name, bound.watermark_us))
+        return numbers
 
     # ---- which rows
 
@@ -261,7 +299,7 @@ class Closer:
 
     def _open_days(self, examples: DurableTable, last_us: int) -> list[dt.date]:
         """Give the event days before last_us of which `closed` has fewer rows than `examples`."""
-        last_day = shifted(_EPOCH_DAY, last_us // 86_400_000_000)
+        last_day = shifted(_EPOCH_DAY, last_us // _DAY_US)
         closed = self.closed.days
         return [
             day
@@ -302,11 +340,7 @@ class Closer:
 
     def _close_rows(self, rows: pa.Table, labels: Feed, closable: Mapping[int, Bound], *, now_us: int) -> None:
         """Append rows with their labels."""
-        numbers = dict(self.closed.state.numbers)
-        for partition, bound in closable.items():
-            numbers[watermark_name(partition)] = max(
-                bound.watermark_us, numbers.get(watermark_name(partition), bound.watermark_us)
-            )
+        numbers = self._numbers_at(closable)
         partitions = rows["partition"].to_numpy()
         ready = np.empty(rows.num_rows, np.int64)
         through = np.empty(rows.num_rows, np.int64)
@@ -341,7 +375,7 @@ class Closer:
             query = labels_of(self.spec, Sources.read(cursor, "labels", labels, days))
             found = cursor.sql(query).to_arrow_table()
         columns = {}
-        place = found["row"].to_numpy()
+        place = found["_row"].to_numpy()
         for task in self.spec.tasks:
             values = np.zeros(rows.num_rows, np.float32)
             valid = np.full(rows.num_rows, task.negative_if_silent)
@@ -353,14 +387,17 @@ class Closer:
         return pa.table(columns) if columns else pa.table({})
 
     def _label_days(self, labels: DurableTable, rows: pa.Table) -> list[dt.date]:
-        """Give the days in which labels of the rows may lie, whether in their window or after."""
-        earliest_us = pc.min(rows["event_time"]).cast(pa.int64()).as_py() - self.spec.max_future_seconds * 1_000_000
-        return from_day(labels.days, _day_of(earliest_us, self.spec.table_granularity))
+        """Give the days in which labels of the rows may lie within their windows."""
+        times = pc.min_max(rows["event_time"].cast(pa.int64())).as_py()
+        earliest_us = max(_FIRST_US, times["min"] - self.spec.max_future_seconds * 1_000_000)
+        last_day = shifted(_EPOCH_DAY, (times["max"] + self.spec.label_window_seconds * 1_000_000) // _DAY_US)
+        days = from_day(labels.days, _day_of(earliest_us, self.spec.table_granularity))
+        return [day for day in days if day <= last_day]
 
 
 def _numbered(rows: pa.Table) -> pa.Table:
     asked = rows.select(["example_id", "event_time", "_example_hash"])
-    return asked.append_column("row", pa.array(np.arange(rows.num_rows)))
+    return asked.append_column("_row", pa.array(np.arange(rows.num_rows)))
 
 
 def _day_of(microseconds: int, granularity: str) -> dt.date:

@@ -108,7 +108,7 @@ class DatasetSink:
                 self._trim(kind)
         if self._closer is not None and not draining:
             required = {fm: self._starts.get(fm, {}) for fm, record in self._fms.items() if record.required}
-            busy |= self._closer.turn(self._feeds, self._counters, required, now=now, now_us=time.time_ns() // 1000)
+            busy |= self._closer.turn(self._feeds, required, now=now, now_us=time.time_ns() // 1000)
         return busy
 
     def tend(self, *, now: float, is_busy: bool = False) -> None:

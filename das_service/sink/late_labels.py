@@ -14,11 +14,13 @@ import pyarrow as pa
 from das_service.sink.close_queries import Sources, from_day, late_after, late_at_closing, number_of, shifted
 from das_service.sink.feed import Feed, FeedWork
 from das_service.tables.durable_table import DurableTable
+from das_service.tables.offline_store import DataFile
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.tables import LATE_LABELS, labels_table_schema
 
 _LOOK_BACK_DAYS = 31  # a label that comes later than that after its window stays in `labels` alone
+_NO_END = 2**63 - 1
 _EARLIER_DAYS = 32  # a label's event_day may be the month before its example's
 
 
@@ -37,6 +39,7 @@ class LateLabels:
 
     def __init__(self, work: FeedWork, closed: DurableTable, spec: DatasetSpec) -> None:
         self.spec = spec
+        self.has_more = False
         self._work = work
         self._closed = closed
         self.table = DurableTable(
@@ -79,30 +82,49 @@ class LateLabels:
         return True
 
     def write_after(self, labels: Feed) -> bool:
-        """Write the labels that were committed after their example was closed."""
+        """Write the labels that were committed after their example was closed, of about a commit's labels at a time.
+
+        has_more says whether others wait for the next call.
+        """
         late = self.table.state.numbers
         through = {p: number_of(at) for p, at in labels.positions.items()}
         behind = {p: late.get(labels_name(p), -1) for p in through}
+        self.has_more = False
         if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
             return False
         lowest = min(behind[p] for p in through if behind[p] < through[p])
+        upper = min(self._last_of_a_commit(labels, lowest), max(through.values()))
+        self.has_more = any(at > upper for at in through.values())
+        through = {p: max(behind[p], min(at, upper)) for p, at in through.items()}
         with self._work.duck.cursor() as cursor:
             days = [
                 day
                 for day, files in sorted(labels.table.days.items())
-                if any(file.last_position is None or file.last_position > lowest for file in files)
+                if any(_may_hold(file, lowest, upper) for file in files)
             ]
             back = _LOOK_BACK_DAYS + -(-self.spec.label_window_seconds // 86_400)
             first_closed = shifted(days[0], -back) if days else dt.date.max
             closed_files = Sources.read(cursor, "closed", self._closed, from_day(self._closed.days, first_closed))
             label_files = Sources.read(cursor, "labels", labels.table, days)
             query = late_after(self.spec, closed_files, label_files)
-            found = cursor.sql(query, params={"lowest": lowest}).to_arrow_table()
+            is_empty = closed_files is None or label_files is None  # a query of nothing takes no parameters
+            values = {} if is_empty else {"lowest": lowest, "upper": upper}
+            found = cursor.sql(query, params=values).to_arrow_table()
         partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
         since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
         found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
         self._commit(found, {labels_name(p): at for p, at in through.items()})
         return True
+
+    def _last_of_a_commit(self, labels: Feed, lowest: int) -> int:
+        """Give up to which log position the labels after `lowest` are about as many as a commit may have."""
+        files = [file for files in labels.table.days.values() for file in files if _may_hold(file, lowest, _NO_END)]
+        num_rows = 0
+        for file in sorted(files, key=_last_position):
+            num_rows += file.num_rows
+            if num_rows >= self._work.settings.commit_rows:
+                return _last_position(file)
+        return _NO_END
 
     def _commit(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
         schema = labels_table_schema(self.spec)
@@ -110,3 +132,12 @@ class LateLabels:
         self.table.commit(table, {}, numbers=numbers)
         if rows.num_rows:
             self._work.metrics.late_labels.labels(self._closed.dataset).inc(rows.num_rows)
+
+
+def _last_position(file: DataFile) -> int:
+    return _NO_END if file.last_position is None else file.last_position
+
+
+def _may_hold(file: DataFile, lowest: int, upper: int) -> bool:
+    """Give whether a file may hold positions after lowest and up to upper."""
+    return _last_position(file) > lowest and (file.first_position is None or file.first_position <= upper)

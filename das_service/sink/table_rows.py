@@ -22,6 +22,7 @@ from schemas.tables import (
     EVENT_DAY,
     EXAMPLE_HASH,
     LABEL_HASH,
+    LOG_ROW,
     dead_letters_table_schema,
     dead_schema,
     event_days,
@@ -80,11 +81,12 @@ def label_rows(entries: Sequence[Entry], spec: DatasetSpec) -> pa.Table:
     schema = label_schema(spec)
     columns = pa.Table.from_batches([entry.batch(schema) for entry in entries], schema=schema).combine_chunks()
     made = _made_columns(columns, entries, spec.table_granularity, time="label_time")
-    said = columns.append_column("time", columns["label_time"].cast(pa.int64()))
-    said = said.append_column("example", pa.array(made[EXAMPLE_HASH]))
+    said = columns.append_column("_time", columns["label_time"].cast(pa.int64()))
+    said = said.append_column("_example", pa.array(made[EXAMPLE_HASH]))
     made |= {
         "received_at": _per_entry_times(entries, [entry.taken_at_us for entry in entries]),
-        LABEL_HASH: pa.array(content_hash(said, ["example", "time", *(task.name for task in spec.tasks)])),
+        LABEL_HASH: pa.array(content_hash(said, ["_example", "_time", *(task.name for task in spec.tasks)])),
+        LOG_ROW: pa.array(np.concatenate([np.arange(entry.num_rows, dtype=np.int32) for entry in entries])),
     }
     return _table(labels_table_schema(spec), columns, made)
 

@@ -55,6 +55,7 @@ class Watermarks:
     reached: dict[int, int] = field(default_factory=dict)
     _latest: dict[int, int | None] = field(default_factory=dict)
     _moved_at: dict[int, float] = field(default_factory=dict)
+    _quiet_before_us: int | None = None
 
     def look(
         self, latest: Mapping[int, int | None], waiting: Mapping[int, int], *, lateness_us: int, now: float
@@ -66,9 +67,13 @@ class Watermarks:
         for partition, time in latest.items():
             if waiting.get(partition, 0) or self._latest.get(partition, -1) != time:
                 self._moved_at[partition] = now
+                if partition in self._latest:
+                    self._quiet_before_us = 0
             self._latest[partition] = time
         own = {partition: time - lateness_us for partition, time in latest.items() if time is not None}
         if own:
+            if self._quiet_before_us is None:  # a restart: for so long nothing had come when `reached` was written down
+                self._quiet_before_us = max(0, max(self.reached.values(), default=0) - max(own.values()))
             idle = {partition for partition in latest if now - self._moved_at[partition] >= IDLE_SECONDS}
             others = [own[partition] for partition in own if partition not in idle]
             follow = min(others) if others else max(own.values()) + self._quiet_us(now)
@@ -80,4 +85,5 @@ class Watermarks:
 
     def _quiet_us(self, now: float) -> int:
         """Give for how long nothing has come at all, less the time after which that counts."""
-        return int((now - max(self._moved_at.values()) - IDLE_SECONDS) * 1_000_000)
+        here_us = int((now - max(self._moved_at.values()) - IDLE_SECONDS) * 1_000_000)
+        return here_us + (self._quiet_before_us or 0)

@@ -12,8 +12,12 @@ from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from das_service.logs import streams
+from das_service.logs.records import EXAMPLES as EXAMPLES_LOG
 from das_service.metrics import Metrics
+from das_service.recover import recover
 from das_service.role import RoleContext
+from das_service.sink import feed
 from das_service.sink.sink import Sink
 from das_service.tables.durable_table import DurableTable
 from tests.served import Api, Stand
@@ -52,12 +56,13 @@ class Stream:
     dataset: str
     now: float = 0.0
     partitions: int = 1
+    spec: dict[str, Any] = field(default_factory=dict)
     sink: Sink | None = None
     client: redis.Redis = field(init=False)
 
     def __post_init__(self) -> None:
         self.client = redis.Redis.from_url(self.api.settings.redis_url.get_secret_value(), protocol=2)
-        self.api.declare(self.dataset, {**SPEC, "partitions": self.partitions})
+        self.api.declare(self.dataset, {**SPEC, "partitions": self.partitions, **self.spec})
 
     def examples(self, rows: Sequence[tuple[str, int]]) -> None:
         body = [{"example_id": name, "event_time": at(minute), "price": 1.0} for name, minute in rows]
@@ -337,3 +342,115 @@ def test_compaction_changes_no_closed_row(stream: Stream) -> None:
 
     assert len(before) == 6
     assert stream.closed() == before
+
+
+def test_a_label_that_was_posted_before_the_example_that_moves_the_watermark_counts(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, posted = streams.read_after, list[str]()
+
+    def read_late(client: redis.Redis, dataset: str, kind: str, *args: Any, **kwargs: Any) -> Any:
+        if kind == EXAMPLES_LOG and not posted:  # since the sink read the counters of this turn
+            posted.append(kind)
+            stream.labels([("a", 3, {"click": 1.0})])
+            stream.examples([("end", 300)])
+        return read(client, dataset, kind, *args, **kwargs)
+
+    monkeypatch.setattr(feed, "read_after", read_late)
+    stream.examples([("a", 0)])
+    stream.settle()
+
+    assert stream.closed() == [("a", 0, 1.0, None)]
+    assert stream.late() == []
+
+
+def test_of_labels_at_one_time_in_one_request_the_last_counts(stream: Stream) -> None:
+    stream.examples(FEW)
+    stream.labels([(name, 6, {"click": value}) for name, value in (("a", 1.0), ("a", 0.0), ("b", 0.0), ("b", 1.0))])
+    stream.settle()
+
+    assert stream.closed() == [("a", 0, 0.0, None), ("b", 5, 1.0, None)]
+
+
+@pytest.mark.parametrize("granularity", ["day", "week", "month"])
+def test_rows_of_the_first_day_that_there_is_close(api: Api, granularity: str) -> None:
+    stream = Stream(api, "old", spec={"table_granularity": granularity, "max_future_seconds": 300})
+    api.post([{"example_id": "old", "event_time": "0001-01-01T00:00:00Z", "price": 1.0}], "old")
+    stream.examples(FEW)
+    stream.settle()
+    closed = stream.rows("closed")
+    stream.stop()
+    stream.client.close()
+
+    assert sorted(row["example_id"] for row in closed) == ["a", "b", "old"]
+
+
+@pytest.mark.parametrize("task", ["row", "time", "example", "l", "first"])
+def test_a_task_may_have_a_name_that_closing_uses_itself(api: Api, task: str) -> None:
+    stream = Stream(api, "names", spec={"tasks": [{"name": task, "label_window_seconds": 1800}]})
+    stream.examples(FEW)
+    stream.labels([("a", 3, {task: 1.0}), ("b", 150, {task: 1.0})])
+    stream.settle()
+    closed, late = stream.rows("closed"), stream.rows("late_labels")
+    stream.stop()
+    stream.client.close()
+
+    assert sorted((row["example_id"], row[task]) for row in closed) == [("a", 1.0), ("b", 0.0)]
+    assert [row["example_id"] for row in late] == ["b"]
+
+
+def test_the_last_rows_of_a_stream_close_whatever_restarts_meanwhile(stream: Stream) -> None:
+    stream.examples([("a", 0), ("b", 5)])
+    for _ in range(7):
+        stream.restart()
+        stream.settle()
+        assert stream.closed() == []
+        stream.let_time_pass(600.0)
+
+    stream.restart()
+    stream.let_time_pass(600.0)
+    stream.let_time_pass(600.0)
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]
+
+
+def test_late_labels_are_looked_for_in_parts_and_none_is_lost_or_doubled(stream: Stream) -> None:
+    stream.examples(FEW)
+    stream.settle()
+    assert stream.sink is not None
+    closer = stream.sink._datasets[stream.dataset]._closer
+    assert closer is not None
+    closer._late_due_at = float("inf")
+    for minute in range(10, 16):
+        stream.labels([("a", minute, {"click": 1.0})])
+        stream.settle()
+    stream.restart(commit_rows=2)
+    for _ in range(6):
+        stream.settle()
+
+    assert stream.late() == [("a", minute, 1.0, None) for minute in range(10, 16)]
+
+
+def test_labels_before_anything_is_closed_are_no_problem(stream: Stream) -> None:
+    stream.examples([("a", 0)])
+    stream.labels([("a", 3, {"click": 1.0})])
+    sink = stream.restart()
+    for step in range(6):
+        sink.step(now=6.0 * step)
+        assert sink._datasets[stream.dataset].problems == []
+
+    assert stream.late() == []
+
+
+def test_rows_that_were_open_when_the_server_was_lost_close_after_a_recovery(stream: Stream) -> None:
+    stream.examples([("a", 0), ("b", 5)])
+    stream.settle()
+    stream.stop()
+    for key in stream.client.scan_iter("*"):
+        stream.client.delete(key)
+    recover(stream.api.settings)
+    stream.settle()
+
+    stream.let_time_pass(60.0 * (2 * WINDOW + LATENESS + 10))
+
+    assert [row[0] for row in stream.closed()] == ["a", "b"]

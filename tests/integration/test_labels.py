@@ -77,7 +77,7 @@ def test_labels_of_json_and_arrow_reach_their_table_as_sent(ads: Api) -> None:
     ]  # fmt: skip
     assert list(rows[0]) == [
         "example_id", "label_time", "received_at", "log_position", "event_day", "click", "buy",
-        "_label_hash", "_example_hash",
+        "_log_row", "_label_hash", "_example_hash",
     ]  # fmt: skip
 
 
@@ -164,6 +164,16 @@ def test_columns_that_do_not_fit_refuse_the_request(ads: Api, table: pa.Table, c
     assert (answer.status_code, answer.json()["code"]) == (422, "schema_mismatch")
     assert [item["column"] for item in answer.json()["columns"]] == [column]
     assert commit(ads) == []
+
+
+def test_names_that_are_no_task_cost_as_much_as_their_values(ads: Api) -> None:
+    rows = [label(f"e{i}", **{f"n{i}": 1}) for i in range(150)] + [label("good", click=1)]
+
+    answer = post(ads, rows).json()
+
+    assert (answer["accepted"], answer["rejected"]) == (1, 150)
+    assert {error["code"] for error in answer["errors"]} == {"unknown_task"}
+    assert [error["column"] for error in answer["errors"]][98:102] == ["n98", "n99", "", ""]
 
 
 def test_abort_stores_all_or_none(ads: Api) -> None:

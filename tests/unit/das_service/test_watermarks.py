@@ -102,3 +102,14 @@ def test_a_watermark_never_moves_back(looks: list[tuple[list[int | None], list[i
         found = look(marks, dict(enumerate(latest)), now, p0=waiting[0], p1=waiting[1])
         assert all(found[partition] >= time for partition, time in before.items())
         before = found
+
+
+def test_quiet_time_before_a_restart_counts_until_something_new_comes() -> None:
+    marks = Watermarks(reached={0: 100 * SECOND})
+
+    def reached(now: float, latest: int) -> int:
+        return marks.look({0: latest * SECOND}, {}, lateness_us=0, now=now)[0] // SECOND
+
+    assert [reached(now, 40) for now in (0.0, IDLE_SECONDS, IDLE_SECONDS + 30)] == [100, 100, 130]
+    assert reached(IDLE_SECONDS + 31, 140) == 140
+    assert [reached(IDLE_SECONDS + now, 140) for now in (31 + IDLE_SECONDS, 33 + IDLE_SECONDS)] == [140, 142]
