@@ -9,7 +9,7 @@ EXAMPLE_ID_MAX_BYTES = 256
 RESERVED_FEATURES = frozenset(
     {
         "example_id", "event_time", "received_at", "is_late", "content_hash", "log_position", "event_day",
-        "ready_seq", "closed_at", "label_time", "partition", "labels_through",
+        "ready_seq", "closed_at", "label_time",
     }
 )  # fmt: skip
 RESERVED_EMBEDDINGS = frozenset(

@@ -80,8 +80,8 @@ def labels_table_schema(spec: DatasetSpec) -> pa.Schema:
 def closed_table_schema(spec: DatasetSpec) -> pa.Schema:
     """Give the schema of `closed`: examples whose label window is over, with their labels, in ready order.
 
-    ready_seq counts the rows of a partition from 0. labels_through: the last position of the labels log that was looked
-    at for the row; a label after it is late.
+    ready_seq counts the rows of a partition from 0. _labels_through: the last position of the labels log that was
+    looked at for the row; a label after it is late.
     """
     head = [
         pa.field("example_id", pa.string()),
@@ -91,8 +91,8 @@ def closed_table_schema(spec: DatasetSpec) -> pa.Schema:
     ]
     tasks = [pa.field(task.name, pa.float32()) for task in spec.tasks]
     tail = [
-        pa.field("partition", pa.int32()),
-        pa.field("labels_through", pa.int64()),
+        pa.field("_partition", pa.int32()),
+        pa.field("_labels_through", pa.int64()),
         pa.field(EVENT_DAY, pa.date32()),
         pa.field(EXAMPLE_HASH, pa.int64()),
     ]

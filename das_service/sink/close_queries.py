@@ -109,8 +109,8 @@ def late_at_closing(spec: DatasetSpec, closed: str | None, labels: str | None) -
         return _nothing(spec)
     return (
         f"SELECT {columns} FROM {labels} l JOIN {closed} c ON {_SAME.format(a='l', b='c')} "  # noqa: S608
-        "JOIN ranges r ON c.partition = r.partition AND c.ready_seq >= r.first AND c.ready_seq < r.end "
-        f"WHERE l.log_position <= c.labels_through AND ({is_late})"
+        "JOIN ranges r ON c._partition = r.partition AND c.ready_seq >= r.first AND c.ready_seq < r.end "
+        f"WHERE l.log_position <= c._labels_through AND ({is_late})"
     )
 
 
@@ -122,7 +122,7 @@ def late_after(spec: DatasetSpec, closed: str | None, labels: str | None) -> str
     return (
         f"SELECT {columns} FROM {labels} l JOIN {closed} c ON {_SAME.format(a='l', b='c')} "  # noqa: S608
         f"WHERE l.log_position > $lowest AND l.log_position <= $upper "
-        f"AND l.log_position > c.labels_through AND ({is_late})"
+        f"AND l.log_position > c._labels_through AND ({is_late})"
     )
 
 

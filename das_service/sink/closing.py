@@ -333,7 +333,7 @@ class Closer:
             pending |= ~has_outcome & (position >= start[partitions])
         numbers = np.flatnonzero(is_due & (is_settled | ~pending))
         rows = found.select(["example_id", "event_time", "_example_hash", EVENT_DAY]).append_column(
-            "partition", pa.array(partitions.astype(np.int32))
+            "_partition", pa.array(partitions.astype(np.int32))
         )
         rows = rows.take(pa.array(numbers))
         return rows.sort_by([("event_time", "ascending"), ("example_id", "ascending")])
@@ -341,7 +341,7 @@ class Closer:
     def _close_rows(self, rows: pa.Table, labels: Feed, closable: Mapping[int, Bound], *, now_us: int) -> None:
         """Append rows with their labels."""
         numbers = self._numbers_at(closable)
-        partitions = rows["partition"].to_numpy()
+        partitions = rows["_partition"].to_numpy()
         ready = np.empty(rows.num_rows, np.int64)
         through = np.empty(rows.num_rows, np.int64)
         for partition in np.unique(partitions).tolist():
@@ -356,7 +356,7 @@ class Closer:
             **{name: said[name] for name in said.column_names},
             "ready_seq": pa.array(ready),
             "closed_at": pa.array(np.full(rows.num_rows, now_us)).cast(TIMESTAMP),
-            "labels_through": pa.array(through),
+            "_labels_through": pa.array(through),
         }
         schema = closed_table_schema(self.spec)
         table = pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)

@@ -1,6 +1,6 @@
 """Late labels: those that an example was closed without, each written once, whatever dies when.
 
-A label is late if it was committed after its example was closed (its position lies after `labels_through`), or if it
+A label is late if it was committed after its example was closed (its position lies after `_labels_through`), or if it
 was there and lies out of its task's window. The first kind is looked for now and then, as labels come; the second right
 after each commit of `closed`. The table remembers how far each look went: in the labels log, and in ready_seq.
 """

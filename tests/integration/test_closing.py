@@ -325,7 +325,7 @@ def test_each_partition_counts_its_ready_rows_and_all_rows_close(api: Api) -> No
 
     assert sorted(row["example_id"] for row in found) == sorted(name for name, _ in rows)
     for partition in range(3):
-        ready = sorted(row["ready_seq"] for row in found if row["partition"] == partition)
+        ready = sorted(row["ready_seq"] for row in found if row["_partition"] == partition)
         assert ready == list(range(len(ready)))
 
 
