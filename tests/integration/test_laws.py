@@ -118,7 +118,8 @@ class Way:
     def rows(self, dataset: str) -> list[dict[str, Any]]:
         """Give the table, without what tells when and where a row came in."""
         table = pa.table(DeltaTable(f"{self.api.settings.tables_uri}/{dataset}/examples").to_pyarrow_table())
-        return table.drop_columns(["received_at", "log_position"]).sort_by("example_id").to_pylist()
+        of_the_way = ["received_at", "log_position", "is_late"]  # when it came, and after what: not of the example
+        return table.drop_columns(of_the_way).sort_by("example_id").to_pylist()
 
 
 def spelled(request: Request) -> pa.Table | list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_fms_that_are_declared_at_once_by_two_services_all_get_their_logs(
 
     client, folder = clients[0], Folder(settings.tables_uri)
     assert sorted(read_catalog(client).fms["ads"]) == fms
-    logs = ["examples", *[kind for fm in fms for kind in records.fm_logs(fm)]]
+    logs = [*records.DATASET_LOGS, *[kind for fm in fms for kind in records.fm_logs(fm)]]
     recorded = json.loads((Path(settings.tables_uri) / "ads" / "_das" / "logs.json").read_text())
     assert sorted(recorded["logs"]) == sorted(logs)
     partitions = range(SPEC["partitions"])
