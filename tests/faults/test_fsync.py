@@ -26,11 +26,11 @@ NUM_BATCHES = 40
 
 @pytest.fixture
 def traced_server(tmp_path: Path) -> Path:
-    """Give a folder with a `valkey-server` in it that is the real one under strace; it writes to trace.*."""
+    """Give a folder with a `valkey-server` that is the real one, traced by a process beside it (-D) to trace.*."""
     folder = tmp_path / "bin"
     folder.mkdir()
     wrapper = folder / "valkey-server"
-    command = f"exec {STRACE} -ff -e trace=fsync,fdatasync -o {tmp_path}/trace {find_server()}"
+    command = f"exec {STRACE} -D -ff -e trace=fsync,fdatasync -o {tmp_path}/trace {find_server()}"
     wrapper.write_text(f'#!/bin/sh\n{command} "$@"\n')
     wrapper.chmod(0o755)
     return folder
