@@ -3,9 +3,11 @@
 import ipaddress
 import logging
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -16,7 +18,7 @@ from das_service.door.http_protocol import BoundedHttp
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
 from das_service.metrics import Metrics, package_version
-from das_service.routes import augment, datasets, examples, fms, health, labels, status, supervision
+from das_service.routes import augment, batches, datasets, examples, fms, health, labels, status, supervision
 from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
 from das_service.routes.status import ReplayDeclaration
 from das_service.service import build_service
@@ -51,10 +53,11 @@ def create_app(settings: Settings) -> FastAPI:
         SettingsError: The tokens file can't be used.
     """
     metrics, tokens = Metrics("api"), load_tokens(settings)
+    stopping = threading.Event()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        service = build_service(settings, metrics=metrics, tokens=tokens)
+        service = build_service(settings, metrics=metrics, tokens=tokens, stopping=stopping)
         try:
             await service.in_thread(service.monitor.start)
             yield {"service": service}
@@ -69,9 +72,10 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.state.stopping = stopping
     install_problems(app)
     app.add_middleware(RequestWatch, metrics=metrics)
-    for routes in (datasets, examples, labels, supervision, augment, fms, status, health):
+    for routes in (datasets, examples, labels, supervision, augment, batches, fms, status, health):
         app.include_router(routes.router)
     install_openapi(app, _BODIES)
     return app
@@ -84,11 +88,20 @@ def main(settings: Settings) -> int:
         SettingsError: Anybody on the network could reach it, and there are no tokens.
     """
     describe_access(settings)
-    server = uvicorn.Server(server_config(settings))
+    server = _Server(server_config(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when it is done
     server.run()
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """A server that lets endless answers end before it waits for the others."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take notice of a signal to end."""
+        self.config.app.state.stopping.set()  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)
 
 
 def server_config(settings: Settings) -> uvicorn.Config:

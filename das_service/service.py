@@ -1,5 +1,6 @@
 """What the API's requests share: made once at start, handed to each as request.state.service."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -9,6 +10,7 @@ import anyio.to_thread
 import redis
 from fastapi import Request
 
+from das_service.batches.stream import PageBudget
 from das_service.beats import instance_name
 from das_service.declarations import Declarations
 from das_service.door.auth import Tokens
@@ -27,6 +29,7 @@ from das_service.watch.monitor import Monitor
 _SPARE_THREADS = 8
 _WAIT_THREADS = 4
 _PROBE_THREADS = 2
+_PAGE_THREADS = 2
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -38,6 +41,7 @@ class Threads:
     requests: anyio.CapacityLimiter
     waits: anyio.CapacityLimiter
     probes: anyio.CapacityLimiter
+    pages: anyio.CapacityLimiter
 
 
 async def _run(limiter: anyio.CapacityLimiter, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -64,9 +68,12 @@ class Service:
     waits: Permits
     replays: Permits
     augments: Permits
+    readers: Permits
     duck: Duck
+    page_budget: PageBudget
     coverage: Coverage
     threads: Threads
+    stopping: threading.Event
 
     @property
     def limits(self) -> BodyLimits:
@@ -85,6 +92,10 @@ class Service:
         """Do the same for probes, which must be answered whatever the service is busy with."""
         return await _run(self.threads.probes, function, *args, **kwargs)
 
+    async def in_page_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Do the same for readers of batches, who take turns: each waits for its next page without a thread."""
+        return await _run(self.threads.pages, function, *args, **kwargs)
+
     def close(self) -> None:
         """Stop the background threads and close the connections."""
         self.monitor.stop()
@@ -97,8 +108,8 @@ class Service:
         return self.catalog.current()
 
 
-def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens) -> Service:
-    """Give the parts of an API process; whoever asks for them closes them."""
+def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens, stopping: threading.Event) -> Service:
+    """Give the parts of an API process; whoever asks for them closes them. stopping: set when the process shall end."""
     tables = Folder(settings.tables_uri, settings.storage_options)
     probe, client = connect(settings), connect(settings)
     guard = LogGuard(probe, tables)
@@ -121,13 +132,17 @@ def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens) -> Se
         waits=Permits(4 * settings.max_concurrent_requests),
         replays=Permits(1),
         augments=Permits(settings.max_concurrent_augments),
+        readers=Permits(settings.max_concurrent_readers),
         duck=Duck(memory_bytes=settings.duckdb_memory_bytes),
+        page_budget=PageBudget(total_bytes=settings.batches_memory_bytes),
         coverage=Coverage(metrics),
         threads=Threads(
             requests=anyio.CapacityLimiter(settings.max_concurrent_requests + _SPARE_THREADS),
             waits=anyio.CapacityLimiter(_WAIT_THREADS),
             probes=anyio.CapacityLimiter(_PROBE_THREADS),
+            pages=anyio.CapacityLimiter(_PAGE_THREADS),
         ),
+        stopping=stopping,
     )
 
 

@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     disk_reserve_bytes: int = Field(1024 * MIB, ge=0, description="Free bytes that ingest leaves; 507 below.")
     max_augment_bytes: int = Field(1024 * MIB, ge=MIB, description="Largest table sent to augment; 413 above it.")
     max_concurrent_augments: int = Field(2, ge=1, description="Tables augmented at once; 429 above it.")
+    max_concurrent_readers: int = Field(32, ge=1, description="Readers of batches at once; 429 above it.")
+    batches_memory_bytes: int = Field(
+        512 * MIB, ge=16 * MIB, description="What the pages of all readers of batches may take together, about."
+    )
     spool_folder: Path | None = Field(None, description="Where sent tables lie meanwhile; default: the system's own.")
     log_folder: Path | None = Field(None, description="Folder of the server's AOF, where it is on this machine.")
 

@@ -15,6 +15,7 @@ REGISTRY = "das:registry"
 REGISTRY_LOG = "das:registry:audit"
 BEATS = "das:beats"
 COMPACT = "das:compact"  # hash: dataset -> request of `das compact` that the sink has not met yet
+CLOSED_THROUGH = "das:closed-through"  # hash: dataset -> microseconds: what is closed later has a later closed_at
 PROBE = "das:probe"
 
 

@@ -5,7 +5,7 @@ pyarrow accepts a stream that was cut at a batch boundary without a word, so the
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 ROWS_KEY = b"das_rows"
+CURSOR_KEY = b"das_cursor"
 
 
 class TruncatedStreamError(Exception):
@@ -40,19 +41,42 @@ def write_stream(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> bytes:
 
 def iter_stream_parts(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
     """Give the same stream part by part, a part per batch, as the batches come."""
+    for part in iter_marked_parts(schema, ((batch, {}) for batch in batches)):
+        if part is not None:
+            yield part
+
+
+def iter_marked_parts(
+    schema: pa.Schema,
+    marked: Iterable[tuple[pa.RecordBatch, Mapping[bytes, bytes]] | None],
+    *,
+    metadata: Mapping[bytes, bytes] | None = None,
+    at_once: bool = False,
+) -> Generator[bytes | None, None, None]:
+    """Give the stream of batches that have custom metadata of their own, part by part; metadata: of its schema.
+
+    at_once: each batch leaves as it comes, and an empty one ends the stream; else the last one carries the number of
+    rows, so that each waits for the next. Nones are passed on: whoever makes the batches has none right now.
+    """
     sink = _Parts()
     rows = 0
-    held: pa.RecordBatch | None = None
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            if held is not None:
-                writer.write_batch(held)
+    held: tuple[pa.RecordBatch, Mapping[bytes, bytes]] = (pa.RecordBatch.from_pylist([], schema=schema), {})
+    is_held = False
+    with pa.ipc.new_stream(sink, schema.with_metadata(metadata) if metadata else schema) as writer:
+        for item in marked:
+            if item is None:
+                yield None
+                continue
+            if is_held:
+                writer.write_batch(held[0], custom_metadata=dict(held[1]))
                 yield sink.take()
-            held = batch
-            rows += batch.num_rows
-        if held is None:
-            held = pa.RecordBatch.from_pylist([], schema=schema)
-        writer.write_batch(held, custom_metadata={ROWS_KEY: str(rows).encode()})
+            held, is_held = item, True
+            rows += item[0].num_rows
+            if at_once:
+                writer.write_batch(item[0], custom_metadata=dict(item[1]))
+                yield sink.take()
+                held, is_held = (item[0].slice(0, 0), item[1]), False
+        writer.write_batch(held[0], custom_metadata={**held[1], ROWS_KEY: str(rows).encode()})
     yield sink.take()
 
 
@@ -85,6 +109,16 @@ def iter_stream(source: object) -> Iterator[pa.RecordBatch]:
     Raises:
         TruncatedStreamError: The end-of-stream marker or the row count is missing, or rows are.
     """
+    for batch, _ in iter_marked(source):
+        yield batch
+
+
+def iter_marked(source: object) -> Iterator[tuple[pa.RecordBatch, Mapping[bytes, bytes]]]:
+    """Give the batches of an answer, each with its custom metadata, as they come.
+
+    Raises:
+        TruncatedStreamError: As iter_stream.
+    """
     rows = 0
     stated: int | None = None
     try:
@@ -95,9 +129,10 @@ def iter_stream(source: object) -> Iterator[pa.RecordBatch]:
             except StopIteration:
                 break
             rows += batch.num_rows
-            if metadata is not None and ROWS_KEY in metadata:
-                stated = int(metadata[ROWS_KEY])
-            yield batch
+            marks = dict(metadata or {})
+            if ROWS_KEY in marks:
+                stated = int(marks[ROWS_KEY])
+            yield batch, marks
     except (pa.ArrowInvalid, OSError) as error:
         raise TruncatedStreamError(f"the Arrow stream broke off after {rows} rows: {error}") from error
     if stated is None:

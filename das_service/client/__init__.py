@@ -1,5 +1,6 @@
 """The client of the service: what a product, a trainer and the CLI hold. Needs httpx and pyarrow, nothing else."""
 
+from das_service.client.batches import BatchOptions, BatchReader, TrainingBatch
 from das_service.client.client import DEFAULT_URL, Client
 from das_service.client.errors import (
     ConflictError,
@@ -17,6 +18,8 @@ from schemas.wire import TruncatedStreamError
 
 __all__ = [
     "DEFAULT_URL",
+    "BatchOptions",
+    "BatchReader",
     "Client",
     "ConflictError",
     "DasClientError",
@@ -26,6 +29,7 @@ __all__ = [
     "RowError",
     "RowsRefusedError",
     "SnapshotRejectedError",
+    "TrainingBatch",
     "TruncatedStreamError",
     "UnavailableError",
     "UnreachableError",

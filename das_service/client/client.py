@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import httpx
 import pyarrow as pa
 
 from das_service.client.arrow import ROWS_PER_REQUEST, iter_chunks, plain_table, to_table
 from das_service.client.augment import run_augment
+from das_service.client.batches import BatchOptions, BatchReader, batch_params
 from das_service.client.errors import (
     DasClientError,
     LostRaceError,
@@ -322,6 +323,40 @@ class Client:
                 "--folder": [] if folder is None else [os.fspath(folder)],
             },
             flags=["--overwrite"] if overwrite else [],
+        )
+
+    # ---- training batches
+
+    def batches(
+        self,
+        dataset: str,
+        *,
+        cursor: str | None = None,
+        shard: str | None = None,
+        split: str | None = None,
+        follow: bool = False,
+        extend: bool = False,
+        max_rows: int | None = None,
+        **options: Unpack[BatchOptions],
+    ) -> BatchReader:
+        """Give a reader of closed rows: features, labels and supervision, in ready order, each row once.
+
+        cursor: where to go on; what it was made with may be left out. shard: part i of n, as "i/n"; split: part j of m
+        of what the cursor has left. follow goes on behind what is closed now, and waits; extend goes on behind a
+        cursor's rows up to what is closed now. max_rows: end with the batch that reaches it. options: BatchOptions.
+
+        Raises (as it is read):
+            DasClientError: The service refuses, or gives no answer for the client's timeout_seconds.
+        """
+        going = {"cursor": cursor, "shard": shard, "split": split, "max_rows": max_rows}
+        params = {name: value for name, value in going.items() if value is not None}
+        flags = {name: True for name, is_set in (("follow", follow), ("extend", extend)) if is_set}
+        return BatchReader(
+            self._caller,
+            path_of("datasets", dataset, "batches"),
+            {**params, **flags, **batch_params(options)},
+            timeout_seconds=self._caller.timeout_seconds,
+            clock=self._clock,
         )
 
     def _iter_answers(self, call: Call, request: pa.Table) -> Iterator[pa.Table]:

@@ -8,7 +8,7 @@ and never past the deadline.
 import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -100,6 +100,23 @@ class Caller:
             return self._http.get(path, timeout=CONNECT_SECONDS)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
+
+    @contextlib.contextmanager
+    def streamed(self, call: Call) -> Iterator[httpx.Response]:
+        """Give the answer of a call whose body is still to be read, without a second try.
+
+        Raises:
+            DasClientError: It was refused; the body is read from the connection in the caller's hands.
+            httpx.TransportError: There was no answer, or it breaks off.
+        """
+        timeout = httpx.Timeout(call.attempt_seconds, connect=CONNECT_SECONDS)
+        with self._http.stream(
+            call.method, call.path, params=call.params, headers=call.headers, timeout=timeout
+        ) as response:
+            if not response.is_success:
+                response.read()
+                raise problem_error(response.status_code, parse_problem(response))
+            yield response
 
     def _attempt(self, call: Call, deadline: float) -> httpx.Response | tuple[DasClientError, float]:
         """Give the answer, or why there is none and how long the service asks to wait."""

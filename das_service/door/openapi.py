@@ -35,6 +35,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         406: "None of the media types that the caller takes can be given.",
         408: "The body came too slowly.",
         409: "It contradicts what is stored.",
+        410: "What a cursor is about is gone.",
         412: "Somebody else changed it first.",
         413: "Over a limit that `detail` names.",
         415: "The body has a media type that is not read.",

@@ -127,3 +127,8 @@ def table_of_log(kind: str) -> str | None:
     """Give the table that the sink writes a log to; a rescore log has none."""
     name, _, fm = kind.partition(":")
     return {EXAMPLES: EXAMPLES, LABELS: LABELS, "scored": f"supervision/{fm}", "dead": f"dead_letters/{fm}"}.get(name)
+
+
+def ready_name(partition: int) -> str:
+    """Name under which a table remembers the next ready_seq of a partition; `late_labels`: the next to look at."""
+    return f"ready_seq/{partition}"

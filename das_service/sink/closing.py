@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, ready_name, scored_log
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.sink.close_queries import Sources, closable_rows, from_day, labels_of, number_of, shifted
 from das_service.sink.compaction import compact_step
 from das_service.sink.feed import VACUUM_SECONDS, Feed, FeedWork
-from das_service.sink.late_labels import LateLabels, ready_name
+from das_service.sink.late_labels import LateLabels
 from das_service.sink.watermarks import Watermarks, latest_name
 from das_service.tables.durable_table import DurableTable, LostOwnershipError
 from schemas import keys
@@ -52,6 +52,7 @@ _PAUSE_SHARE = 10  # and a look for late labels reads weeks of `closed`
 _FIRST_US = -62_135_596_800_000_000  # the year 1: no event_time and no date lies before it
 _EPOCH_DAY = dt.date(1970, 1, 1)
 _DAY_US = 86_400_000_000
+CLOSED_AT = "closed_at"  # `closed` remembers the latest time that it gave its rows, in microseconds
 
 
 def watermark_name(partition: int) -> str:
@@ -83,7 +84,7 @@ class Closer:
             schema=closed_table_schema(spec),
             partitions=logs.partitions,
             retention_hours=work.settings.retention_hours,
-            numbers=[name(p) for p in range(logs.partitions) for name in (watermark_name, ready_name)],
+            numbers=[CLOSED_AT, *(name(p) for p in range(logs.partitions) for name in (watermark_name, ready_name))],
         )
         self.late = LateLabels(work, self.closed, spec)
         self._is_open = False
@@ -123,7 +124,9 @@ class Closer:
         started_at = time.monotonic()
         try:
             self._open()
-            is_moved = self._advance(feeds, required, now=now, now_us=now_us)
+            closed_at = self._closed_at(now_us)
+            is_moved = self._advance(feeds, required, now=now, now_us=now_us, closed_at=closed_at)
+            self._work.client.hset(keys.CLOSED_THROUGH, self._dataset, closed_at)
         except UNREACHABLE:
             raise
         except Exception as error:  # closing that fails must not stop the feeds; health shows it
@@ -169,6 +172,11 @@ class Closer:
                 known = self._watermarks.reached.get(partition, reached)
                 self._watermarks.reached[partition] = max(reached, known)
 
+    def _closed_at(self, now_us: int) -> int:
+        """Give the time that rows closed now get: later than all before, and than what readers were told is settled."""
+        known = int(self._work.client.hget(keys.CLOSED_THROUGH, self._dataset) or -1)
+        return max(now_us, known + 1, self.closed.state.numbers.get(CLOSED_AT, -1) + 1)
+
     def _advance(
         self,
         feeds: Mapping[str, Feed],
@@ -176,6 +184,7 @@ class Closer:
         *,
         now: float,
         now_us: int,
+        closed_at: int,
     ) -> bool:
         examples, labels = feeds[EXAMPLES], feeds[LABELS]
         is_moved = self.late.write_of_closed(labels)
@@ -185,7 +194,7 @@ class Closer:
             sources = self._sources(feeds, list(required))
             rows = self._rows_to_close(examples, sources, closable, required, now_us=now_us)
             if rows is not None:
-                self._close_rows(rows, labels, closable, now_us=now_us)
+                self._close_rows(rows, labels, closable, closed_at=closed_at)
                 is_moved = True
             else:
                 is_moved |= self._remember(examples, closable, now=now)
@@ -338,9 +347,9 @@ class Closer:
         rows = rows.take(pa.array(numbers))
         return rows.sort_by([("event_time", "ascending"), ("example_id", "ascending")])
 
-    def _close_rows(self, rows: pa.Table, labels: Feed, closable: Mapping[int, Bound], *, now_us: int) -> None:
+    def _close_rows(self, rows: pa.Table, labels: Feed, closable: Mapping[int, Bound], *, closed_at: int) -> None:
         """Append rows with their labels."""
-        numbers = self._numbers_at(closable)
+        numbers = {**self._numbers_at(closable), CLOSED_AT: closed_at}
         partitions = rows["_partition"].to_numpy()
         ready = np.empty(rows.num_rows, np.int64)
         through = np.empty(rows.num_rows, np.int64)
@@ -355,7 +364,7 @@ class Closer:
             **{name: rows[name] for name in rows.column_names},
             **{name: said[name] for name in said.column_names},
             "ready_seq": pa.array(ready),
-            "closed_at": pa.array(np.full(rows.num_rows, now_us)).cast(TIMESTAMP),
+            "closed_at": pa.array(np.full(rows.num_rows, closed_at)).cast(TIMESTAMP),
             "_labels_through": pa.array(through),
         }
         schema = closed_table_schema(self.spec)

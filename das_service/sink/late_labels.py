@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import pyarrow as pa
 
+from das_service.logs.records import ready_name
 from das_service.sink.close_queries import Sources, from_day, late_after, late_at_closing, number_of, shifted
 from das_service.sink.feed import Feed, FeedWork
 from das_service.tables.durable_table import DurableTable
@@ -22,11 +23,6 @@ from schemas.tables import LATE_LABELS, labels_table_schema
 _LOOK_BACK_DAYS = 31  # a label that comes later than that after its window stays in `labels` alone
 _NO_END = 2**63 - 1
 _EARLIER_DAYS = 32  # a label's event_day may be the month before its example's
-
-
-def ready_name(partition: int) -> str:
-    """Name under which a table remembers the next ready_seq of a partition; `late_labels`: the next to look at."""
-    return f"ready_seq/{partition}"
 
 
 def labels_name(partition: int) -> str:

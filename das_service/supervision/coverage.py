@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,11 @@ class Coverage:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._sums: dict[tuple[str, str], tuple[float, float, float]] = {}
+
+    def count_all(self, dataset: str, counts: Mapping[str, NDArray[np.int64]]) -> None:
+        """Count the rows of one answer by FM and status."""
+        for fm, by_status in counts.items():
+            self.count(dataset, fm, by_status)
 
     def count(self, dataset: str, fm: str, counts: NDArray[np.int64]) -> None:
         """Count one answer: rows by status, in the order of STATUSES."""

@@ -58,6 +58,39 @@ Int64s: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What of an FM's tables counts, for joins that must give the same tomorrow.
+
+    num_snapshots: the first so many that were registered. supervision, dead_letters: log positions per partition,
+    inclusive. as_of_us: what was available then, None for all; snapshot: the only one that counts, None for all.
+    """
+
+    num_snapshots: int
+    supervision: Int64s
+    dead_letters: Int64s
+    as_of_us: int | None = None
+    snapshot: str | None = None
+
+    def known(self, record: FmRecord) -> FmRecord:
+        """Give the FM's record as it was."""
+        outputs = record.outputs if self.num_snapshots else None
+        return record.model_copy(update={"snapshots": record.snapshots[: self.num_snapshots], "outputs": outputs})
+
+    def reach(self, partition: Int64s) -> dict[str, Int64s]:
+        """Give the last log positions that count, per row."""
+        return {"reach": self.supervision[partition], "dead_reach": self.dead_letters[partition]}
+
+    def condition(self, available_at: str) -> str:
+        """Give the condition on a table's rows; available_at: its column of that."""
+        parts = [f"log_position <= {int(max(self.supervision.max(), self.dead_letters.max()))}"]
+        if self.as_of_us is not None:
+            parts.append(f"epoch_us({available_at}) <= {self.as_of_us}")
+        if self.snapshot is not None:
+            parts.append(f"snapshot_id = '{self.snapshot}'")
+        return " AND ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
     """The supervision of a window's rows, and per FM how many of them have each status (in the order of STATUSES)."""
 
@@ -77,8 +110,11 @@ class OfflineJoin:
         query: LookupQuery,
         *,
         client: redis.Redis | None,
+        limits: Mapping[str, Limits] | None = None,
     ) -> None:
         """Look at the tables; client: the online store, None if it can't be asked (what is on the way is missing).
+
+        limits: by FM what counts, for windows that know their rows' partitions; then there is no client.
 
         Raises:
             UnknownNameError: The dataset or an FM is not declared.
@@ -87,6 +123,9 @@ class OfflineJoin:
         self.spec: DatasetSpec = catalog.spec(dataset)
         records = [catalog.fm(dataset, fm) for fm in query.fms]
         refuse_unknown_outputs(records, query)
+        self._limits = limits or {}
+        if limits is not None:
+            records = [limits[record.fm].known(record) for record in records]
         self._duck = duck
         self._query = query
         self._pool = BufferPool()
@@ -124,8 +163,10 @@ class OfflineJoin:
     def _judge(self, window: Window, fm: "_FmTables") -> Judged:
         try:
             with self._duck.cursor() as cursor:
-                window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS))
-                return _WindowJoin(cursor, window, fm, self._query, self.spec, self._pool).judge()
+                limits = self._limits.get(fm.record.fm)
+                reach = {} if limits is None or window.partition is None else limits.reach(window.partition)
+                window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS), more=reach)
+                return _WindowJoin(cursor, window, fm, self._query, self.spec, self._pool, limits).judge()
         except (duckdb.OutOfMemoryException, OSError) as error:  # pyarrow's reader turns DuckDB's errors into OSError
             if isinstance(error, OSError) and "Out of Memory Error" not in str(error):
                 raise
@@ -242,7 +283,9 @@ class _WindowJoin:
         query: LookupQuery,
         spec: DatasetSpec,
         pool: BufferPool,
+        limits: Limits | None,
     ) -> None:
+        self._limits = limits
         self._cursor = cursor
         self._window = window
         self._fm = fm
@@ -290,10 +333,11 @@ class _WindowJoin:
         columns = ", ".join(f'"{name}"' for name in outputs)
         # The snapshots' numbers are made before the join, where DuckDB holds a file's few ids once and not per row.
         query = (
-            f"SELECT a.row AS _row, s.* EXCLUDE (example_id) "  # noqa: S608 - declared names
+            f"SELECT a.row AS _row, s.* EXCLUDE (example_id{self._position()}) "  # noqa: S608 - declared names
             f"FROM (SELECT example_id, epoch_us(event_time) AS _event_time, epoch_us(scored_at) AS _scored_at, "
             f"CAST(enum_code(TRY_CAST(snapshot_id AS ENUM ({ids}))) AS INTEGER) AS _snapshot"
-            f"{', ' if outputs else ''}{columns} FROM {source}) s JOIN asked a USING (example_id)"
+            f"{', ' if outputs else ''}{columns}{self._position()} FROM {source}{self._condition('available_at')}) s "
+            f"JOIN asked a USING (example_id){self._within('s', 'reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
             self._take(batch)
@@ -348,13 +392,33 @@ class _WindowJoin:
         leaks = self._fm.trained_through_us[found["_snapshot"]] > found["_event_time"]
         return [leaks, found["_scored_at"], self._rank[found["_snapshot"]]]
 
+    # ---- what counts
+
+    def _position(self) -> str:
+        return "" if self._limits is None else ", log_position"
+
+    def _condition(self, available_at: str) -> str:
+        """Give the condition on what is read: what the limits say, and the times of rows that are known exactly."""
+        parts = [] if self._limits is None else [self._limits.condition(available_at)]
+        if self._window.times is not None:
+            first, last = self._window.times
+            parts.append(f"event_time BETWEEN make_timestamptz({first}) AND make_timestamptz({last})")
+        return f" WHERE {' AND '.join(parts)}" if parts else ""
+
+    def _within(self, table: str, reach: str) -> str:
+        return "" if self._limits is None else f" WHERE {table}.log_position <= a.{reach}"
+
     # ---- what the tables do not say
 
     def _find_dead_letters(self) -> None:
         source = self._fm.dead_letters.source(self._cursor, self._days)
         if source is None:
             return
-        query = f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM {source} d JOIN asked a USING (example_id)"  # noqa: S608
+        query = (
+            f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM "  # noqa: S608
+            f"(SELECT example_id, event_time{self._position()} FROM {source}{self._condition('failed_at')}) d "
+            f"JOIN asked a USING (example_id){self._within('d', 'dead_reach')}"
+        )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
             rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()
             same = self._same_day(rows, event_time)

@@ -4,7 +4,7 @@ A window is what one query of the join has as its build side, so its rows bound 
 event day changes, if that happens in its second half: then the tables of a day are read once and not twice.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,10 +53,16 @@ Rows: TypeAlias = FileRows | BatchRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Rows that are joined at once. event_day: one per row, as days since 1970."""
+    """Rows that are joined at once. event_day: one per row, as days since 1970.
+
+    Of rows that come from our own tables more is known: their partitions, and the first and the last event_time in
+    microseconds, which are those of their supervision too.
+    """
 
     parts: tuple[Rows, ...]
     event_day: Int64s
+    partition: Int64s | None = None
+    times: tuple[int, int] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -72,8 +78,12 @@ class Window:
         """Give all columns of the rows; of a window of Arrow batches only."""
         return [part.batch for part in self.parts if isinstance(part, BatchRows)]
 
-    def register(self, cursor: duckdb.DuckDBPyConnection, *, max_id_bytes: int) -> None:
+    def register(
+        self, cursor: duckdb.DuckDBPyConnection, *, max_id_bytes: int, more: Mapping[str, Int64s] | None = None
+    ) -> None:
         """Make the view `asked` of the cursor: row (number in the window, from 0) and example_id.
+
+        more: other columns of it, by name; of a window of Arrow batches only.
 
         Raises:
             TooLargeError: The ids of an Arrow window take more than max_id_bytes once each row has its own.
@@ -82,7 +92,14 @@ class Window:
             batches = self.batches()
             ids = id_column(batches[0].schema, batches, Budget(max_id_bytes))
             cursor.register(
-                "asked", pa.table({"row": pa.array(np.arange(len(ids), dtype=np.int32)), "example_id": ids})
+                "asked",
+                pa.table(
+                    {
+                        "row": pa.array(np.arange(len(ids), dtype=np.int32)),
+                        "example_id": ids,
+                        **{name: pa.array(values) for name, values in (more or {}).items()},
+                    }
+                ),
             )
             return
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW asked AS {' UNION ALL '.join(self._selects())}")

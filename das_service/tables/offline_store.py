@@ -52,7 +52,10 @@ class TablePlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
-    """An active file of a table; path is relative to the table. Log positions: both inclusive, None if not known."""
+    """An active file of a table; path is relative to the table.
+
+    Positions: of its rows in the log, or in the ready order of `closed`; both inclusive, None if not known.
+    """
 
     path: str
     size_bytes: int
@@ -112,7 +115,8 @@ def files_by_day(table: DeltaTable) -> dict[dt.date, list[DataFile]]:
     if actions.num_rows == 0:
         return days
     unknown = [None] * actions.num_rows
-    names = ("path", "size_bytes", "num_records", "min.log_position", "max.log_position")
+    position = _position_of(name.partition(".")[2] for name in actions.column_names)
+    names = ("path", "size_bytes", "num_records", f"min.{position}", f"max.{position}")
     columns = [actions[name].to_pylist() if name in actions.column_names else unknown for name in names]
     event_days = actions[f"partition.{EVENT_DAY}"].to_pylist()
     for day, path, size_bytes, num_rows, first, last in zip(event_days, *columns, strict=True):
@@ -133,11 +137,16 @@ def with_added(days: DayFiles, added: Iterable[AddAction]) -> dict[dt.date, list
             path=action.path,
             size_bytes=action.size,
             num_rows=stats["numRecords"],
-            first_position=stats["minValues"].get("log_position"),
-            last_position=stats["maxValues"].get("log_position"),
+            first_position=stats["minValues"].get(_position_of(stats["minValues"])),
+            last_position=stats["maxValues"].get(_position_of(stats["maxValues"])),
         )
         grown[day] = in_log_order([*grown.get(day, []), file])
     return grown
+
+
+def _position_of(names: Iterable[str]) -> str:
+    """Give the column that says where in its log, or in the ready order, a row lies."""
+    return "ready_seq" if "ready_seq" in names else "log_position"
 
 
 def in_log_order(files: Iterable[DataFile]) -> list[DataFile]:

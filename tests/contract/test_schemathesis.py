@@ -65,6 +65,8 @@ EXCLUDED = [not_a_server_error, positive_data_acceptance]
 @SCHEMA.parametrize()
 @hypothesis_settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_route_does_what_its_document_says(case: schemathesis.Case, url: str) -> None:
+    if case.query is not None:
+        case.query.pop("follow", None)  # such an answer has no end
     response = case.call(base_url=url, headers=HEADERS)
 
     case.validate_response(response, excluded_checks=EXCLUDED, headers=HEADERS)

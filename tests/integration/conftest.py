@@ -11,6 +11,7 @@ from das_service.settings import Settings
 from tests.conftest import Server, make_settings
 from tests.feeding import Feeding
 from tests.served import Api, Stand, serve
+from tests.training import Trained
 
 
 @pytest.fixture
@@ -53,3 +54,11 @@ def feeding_with(server: Server, tmp_path: Path, store: redis.Redis) -> Iterator
 def feeding(feeding_with: Callable[..., Feeding]) -> Feeding:
     """A dataset whose logs are fed by hand, and the sink that empties them."""
     return feeding_with()
+
+
+@pytest.fixture
+def trained(api: Api, store: redis.Redis) -> Iterator[Trained]:
+    """A dataset that is fed, scored and closed as the test says."""
+    found = Trained(api, store)
+    yield found
+    found.stop()

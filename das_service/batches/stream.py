@@ -1,0 +1,188 @@
+"""One reader's stream of training batches, from its first cursor to its end, or on and on.
+
+Pages are made as they are read; their size is what the readers of this process may hold together, shared evenly.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from das_service.batches.bounds import next_cursor
+from das_service.batches.cursor import Cursor, encode_cursor
+from das_service.batches.pages import Counts, Page, PageReader
+from das_service.batches.reader import MarkedBatch, iter_batches, iter_ranges, one_batch
+from das_service.batches.shards import fitting_block, parse_shard
+from das_service.errors import BadRequestError, OverloadedError
+from das_service.folder import Folder
+from das_service.registry import Catalog
+from das_service.tables.duck import Duck
+from schemas.wire import CURSOR_KEY, iter_marked_parts
+
+Going: TypeAlias = Literal["no", "extend", "follow"]
+KEEP_ALIVE_SECONDS = 10.0
+REOPEN_SECONDS = 600.0
+_LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 8 * 1024 * 1024, 96 * 1024 * 1024
+_FIRST_ROW_BYTES = 1024
+_MOST_PAGE_ROWS = 262_144
+_PERMIT_TRIES = 10
+
+
+class PageBudget:
+    """What the pages of all readers of a process may take together. Threads share it."""
+
+    def __init__(self, *, total_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._readers = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def reader(self) -> Iterator[None]:
+        """Count a reader in for as long as this lasts."""
+        with self._lock:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+
+    @property
+    def page_bytes(self) -> int:
+        """What one reader's page may take."""
+        return max(_LEAST_PAGE_BYTES, min(_MOST_PAGE_BYTES, self._total_bytes // max(1, self._readers)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a stream is read from. count: told of the statuses of rows that were joined."""
+
+    duck: Duck
+    folder: Folder
+    catalog: Callable[[], Catalog]
+    budget: PageBudget
+    count: Callable[[str, Counts], None]
+
+
+def split_cursor(cursor: Cursor, text: str) -> Cursor:
+    """Give the cursor of one of several readers that share what another has left.
+
+    Raises:
+        BadRequestError: shard_invalid.
+    """
+    total = 1
+    for shard in cursor.chain:
+        total *= shard.total
+    try:
+        wanted = parse_shard(text, block=1)
+    except ValueError as error:
+        raise BadRequestError(str(error), code="shard_invalid") from None
+    block = fitting_block(cursor.num_rows // total, total=wanted.total, partitions=len(cursor.low))
+    shard = wanted.model_copy(update={"block": block})
+    return cursor.model_copy(update={"chain": (*cursor.chain, shard)})
+
+
+class BatchStream:
+    """The batches from a cursor on. One thread at a time."""
+
+    def __init__(self, reading: Reading, cursor: Cursor, *, going: Going = "no") -> None:
+        """Check the cursor against what is declared, and look at the tables.
+
+        Raises:
+            UnknownNameError, BadRequestError, InvalidRowsError: The query names what is not there.
+        """
+        self._reading = reading
+        self.cursor = cursor
+        self._going = going
+        self._row_bytes = float(_FIRST_ROW_BYTES)
+        self._pages = self._open(cursor)
+        self.schema = self._pages.schema
+
+    def _open(self, cursor: Cursor) -> PageReader:
+        return PageReader(self._reading.duck, self._reading.folder, self._reading.catalog(), cursor)
+
+    def iter_parts(self, *, max_rows: int | None = None) -> Generator[bytes | None, None, None]:
+        """Give the Arrow stream, a part per batch; None where nothing is closed yet: ask again later."""
+        return iter_marked_parts(
+            self.schema,
+            (None if item is None else (item[0], _marks(item[1])) for item in self.iter_marked(max_rows=max_rows)),
+            metadata=_marks(self.cursor),
+            at_once=self._going == "follow",
+        )
+
+    def iter_marked(self, *, max_rows: int | None = None) -> Iterator[MarkedBatch | None]:
+        """Give batches with the cursors behind them, up to the one that reaches max_rows rows."""
+        left = max_rows
+        if left == 0:
+            return
+        for item in self._iter_segments():
+            if item is not None and left is not None:
+                batch, _ = item
+                if batch.num_rows >= left:
+                    yield item
+                    return
+                left -= batch.num_rows
+            yield item
+
+    def _iter_segments(self) -> Iterator[MarkedBatch | None]:
+        while True:
+            with self._reading.budget.reader():
+                for batch, cursor in iter_batches(self._iter_pages(), self.schema, self.cursor):
+                    self.cursor = cursor
+                    yield batch, cursor
+            following = yield from self._next_segment()
+            if following is None:
+                return
+            self.cursor = following
+            self._pages = self._open(following)
+            if self._pages.schema != self.schema:
+                return  # an FM has got its first snapshot: who goes on from the cursor sees its columns
+
+    def _next_segment(self) -> Generator[MarkedBatch | None, None, Cursor | None]:
+        """Give where to go on, None for nowhere; while following, what keeps the connection alive until then."""
+        if self._going == "no":
+            return None
+        quiet_since = time.monotonic()
+        while True:
+            following = next_cursor(self._reading.folder, self._reading.catalog(), self.cursor)
+            if following is not self.cursor:
+                if self._going == "extend":
+                    self._going = "no"
+                return following
+            if self._going == "extend":
+                return None
+            if time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
+                quiet_since = time.monotonic()
+                yield one_batch(self.schema.empty_table()), self.cursor
+            else:
+                yield None
+
+    # ---- pages
+
+    def _iter_pages(self) -> Iterator[Page]:
+        opened_at = time.monotonic()
+        for ranges in iter_ranges(self.cursor, self._page_rows):
+            if time.monotonic() - opened_at > REOPEN_SECONDS:  # files that compaction replaced go away some day
+                self._pages, opened_at = self._open(self.cursor), time.monotonic()
+            page = self._read(ranges)
+            if page.rows.num_rows:
+                self._row_bytes = max(1.0, page.rows.nbytes / page.rows.num_rows)
+            self._reading.count(self.cursor.dataset, page.counts)
+            yield page
+
+    def _page_rows(self) -> int:
+        return max(1, min(_MOST_PAGE_ROWS, int(self._reading.budget.page_bytes / self._row_bytes)))
+
+    def _read(self, ranges: list[tuple[int, int]]) -> Page:
+        for _ in range(_PERMIT_TRIES - 1):
+            try:
+                return self._pages.read(ranges)
+            except OverloadedError:  # others hold DuckDB: a stream that has begun waits on
+                continue
+        return self._pages.read(ranges)
+
+
+def _marks(cursor: Cursor) -> Mapping[bytes, bytes]:
+    return {CURSOR_KEY: encode_cursor(cursor).encode()}

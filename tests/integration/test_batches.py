@@ -1,0 +1,259 @@
+"""Training batches: what they hold, in which order, and that a cursor gives the same bytes whatever comes after."""
+
+import itertools
+import json
+import random
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
+
+
+def test_rows_come_with_features_labels_and_supervision(trained: Trained) -> None:
+    trained.close(0, 300)
+    read = trained.read(fms="f", embedding_format="float32")
+    numbers = [int(name[1:]) for name in read.ids]
+    assert len(numbers) > 250
+    assert len(set(numbers)) == len(numbers)
+    for number, row in zip(numbers, read.table.to_pylist(), strict=True):
+        assert {name: row[name] for name in example(number)} == example(number)
+        assert row["click"] == click_of(number)
+        assert row["buy"] is None
+        assert row["f__status"] == "present"
+        assert row["f__snapshot_id"] == "s1"
+        assert row["f__click__logit"] == float(number)
+        assert row["f__hidden"] == [float(number), -float(number)]
+
+
+def test_rows_come_in_ready_order_each_once(trained: Trained) -> None:
+    trained.close(0, 400)
+    assert trained.read(fms="f", batch_rows=17).ids == expected_order(trained)
+
+
+def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    from das_service.batches import stream
+
+    trained.close(0, 400)
+    whole = trained.read(fms="f", batch_rows=50)
+    before = {cursor: trained.read(cursor=cursor).content for cursor in [whole.start, *whole.cursors]}
+    for number, cursor in enumerate(whole.cursors):
+        assert Read(before[cursor]).ids == whole.ids[50 * (number + 1) :]
+    trained.close(400, 300)
+    compact(trained)
+    assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
+    monkeypatch.setattr(stream, "_MOST_PAGE_ROWS", 23)
+    assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
+
+
+def compact(trained: Trained) -> None:
+    """Let the sink put all small files of all tables together."""
+    assert trained.sink is not None
+    trained.client.hset("das:compact", trained.dataset, json.dumps({"id": "1", "most_small_files": 1}))
+    places = list((Path(trained.api.settings.tables_uri) / trained.dataset).rglob("_delta_log"))
+    assert len(places) >= 4
+    versions = [len(list(place.glob("*.json"))) for place in places]
+    for _ in range(12):
+        trained.now += 30.0
+        trained.sink.step(now=trained.now)
+    assert [len(list(place.glob("*.json"))) for place in places] > versions
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7])
+def test_shards_are_disjoint_and_complete(trained: Trained, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from das_service.batches import shards
+
+    monkeypatch.setattr(shards, "_BLOCK_ROWS", 30)
+    trained.close(0, 400)
+    parts = [trained.read(shard=f"{number}/{total}", batch_rows=11).ids for number in range(total)]
+    assert sorted(itertools.chain(*parts)) == sorted(expected_order(trained))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 60
+
+
+def test_what_a_reader_has_left_is_shared_by_any_number_of_others(trained: Trained) -> None:
+    trained.close(0, 600)
+    read = [trained.read(shard=f"{number}/2", batch_rows=20) for number in range(2)]
+    chance = random.Random(5)
+    delivered, cursors = [], []
+    for part in read:
+        taken = chance.randrange(len(part.batches))
+        delivered += part.ids[: 20 * taken]
+        cursors.append(part.cursors[taken - 1] if taken else part.start)
+    for total in (1, 2, 3):
+        rest = [
+            trained.read(cursor=cursor, split=f"{number}/{total}").ids for cursor in cursors for number in range(total)
+        ]
+        assert sorted([*delivered, *itertools.chain(*rest)]) == sorted(expected_order(trained))
+
+
+FILTERS = [
+    ('[["price", ">=", 100]]', lambda row: row["price"] >= 100),
+    (
+        '[["user_id", "in", ["u1", "u3"]], ["item", "!=", null]]',
+        lambda row: row["user_id"] in {"u1", "u3"} and row["item"] is not None,
+    ),
+    ('[["item", "not in", [1, 2]]]', lambda row: row["item"] is not None and row["item"] not in {1, 2}),
+    ('[["click", "=", 1.0]]', lambda row: click_of(int(row["example_id"][1:])) == 1.0),
+    ('[["event_time", "<", "2026-03-01T01:00:00Z"]]', lambda row: row["event_time"] < at(3600)),
+    ('[["is_late", "=", false], ["user_id", "<", "u2"]]', lambda row: row["user_id"] < "u2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "passes"), FILTERS)
+def test_a_filter_leaves_the_rows_that_pass_in_their_order(trained: Trained, text: str, passes: Any) -> None:
+    trained.close(0, 300)
+    wanted = [name for name in expected_order(trained) if passes(example(int(name[1:])))]
+    assert wanted
+    read = trained.read(filter=text, fms="f", batch_rows=16, columns="price")
+    assert read.ids == wanted
+    assert read.table.column_names[:4] == ["example_id", "event_time", "price", "f__status"]
+    assert [batch.num_rows for batch in read.batches[:-1]] == [16] * (len(read.batches) - 1)
+    assert trained.read(cursor=read.cursors[0]).ids == wanted[16:]
+
+
+def test_from_and_to_bound_event_time(trained: Trained) -> None:
+    trained.close(0, 300)
+    read = trained.read(since=at(2000).isoformat(), until=at(5000).isoformat())
+    assert read.ids == [i for i in expected_order(trained) if at(2000) <= example(int(i[1:]))["event_time"] < at(5000)]
+
+
+def test_supervision_after_the_bounds_is_not_seen(trained: Trained) -> None:
+    trained.close(0, 200)
+    early = trained.read(fms="f")
+    trained.stand.validate("s2", trained_through=datetime(2026, 2, 1, tzinfo=UTC))
+    trained.close(200, 200)
+    again = trained.read(cursor=early.start)
+    assert again.content == early.content
+    later = trained.read(fms="f")
+    assert set(later.table["f__snapshot_id"].to_pylist()) == {"s1", "s2"}
+
+
+def test_only_the_pinned_snapshot_counts(trained: Trained) -> None:
+    trained.close(0, 200)
+    trained.stand.validate("s2", trained_through=datetime(2026, 2, 1, tzinfo=UTC))
+    trained.close(200, 200)
+    rows = trained.read(fms="f", snapshot="s2").table.select(["f__status", "f__snapshot_id"]).to_pylist()
+    assert {row["f__snapshot_id"] for row in rows if row["f__status"] == "present"} == {"s2"}
+    assert {row["f__status"] for row in rows} == {"present", "missing"}
+
+
+def test_as_of_gives_what_was_closed_and_scored_then(trained: Trained) -> None:
+    trained.close(0, 200)
+    first = trained.read(fms="f")
+    now = datetime.now(UTC)
+    trained.settle()
+    as_of = now.isoformat()
+    read = trained.read(fms="f", as_of=as_of)
+    assert read.table.equals(first.table)
+    trained.close(200, 200)
+    trained.settle()
+    again = trained.read(fms="f", as_of=as_of)
+    assert again.table.equals(first.table)
+    assert trained.read(cursor=read.start).content == read.content
+
+
+def test_extend_goes_on_where_a_cursor_ended(trained: Trained) -> None:
+    trained.close(0, 200)
+    first = trained.read(fms="f")
+    trained.close(200, 200)
+    second = trained.read(cursor=first.cursors[-1], extend=True)
+    assert trained.read(cursor=first.cursors[-1]).ids == []
+    assert sorted(first.ids + second.ids) == sorted(expected_order(trained))
+    third = trained.read(cursor=first.cursors[0], extend=True)
+    assert third.ids == second.ids
+
+
+def test_json_gives_rows_and_the_cursor_behind_them(trained: Trained) -> None:
+    trained.close(0, 100)
+    ids, cursor = [], None
+    while True:
+        params = (
+            {"fms": "f", "batch_rows": 30, "max_rows": 30} if cursor is None else {"cursor": cursor, "max_rows": 30}
+        )
+        answer = trained.api.http.get(
+            "/v1/datasets/stream/batches", params=params, headers={"Accept": "application/json"}
+        )
+        assert answer.status_code == 200, answer.text
+        ids += [row["example_id"] for row in answer.json()["rows"]]
+        if not answer.json()["rows"]:
+            break
+        cursor = answer.json()["cursor"]
+    assert ids == expected_order(trained)
+
+
+def test_a_dataset_without_closed_rows_gives_none(trained: Trained) -> None:
+    read = trained.read(fms="f")
+    assert read.ids == []
+    assert read.table.column_names[:3] == ["example_id", "event_time", "price"]
+
+
+BAD = [
+    ({"filter": "display"}, 400, "filter_invalid", "JSON list"),
+    ({"filter": '{"price": 1}'}, 400, "filter_invalid", "list of"),
+    ({"filter": '[["nothing", "=", 1]]'}, 400, "filter_invalid", "'nothing'"),
+    ({"filter": '[["price", "=", "1"]]'}, 400, "filter_invalid", "a finite number"),
+    ({"filter": '[["price", "like", 1]]'}, 400, "filter_invalid", "no operator 'like'"),
+    ({"filter": '[["tags", "=", "t1"]]'}, 400, "filter_invalid", "category_list"),
+    ({"filter": '[["price", "in", []]]'}, 400, "filter_invalid", "1 to"),
+    ({"filter": '[["event_time", "<", "2026-03-01"]]'}, 400, "filter_invalid", "2024-05-01T12:00:00Z"),
+    ({"filter": '[["1=1; --", "=", 1]]'}, 400, "filter_invalid", "no column"),
+    ({"shard": "4/4"}, 400, "shard_invalid", "0 to 3"),
+    ({"shard": "-1/4"}, 400, "shard_invalid", "no shard"),
+    ({"shard": "0/0"}, 400, "shard_invalid", "1 to"),
+    ({"split": "0/2"}, 400, "shard_invalid", "cursor"),
+    ({"columns": "price,nothing"}, 400, "unknown_column", "nothing"),
+    ({"fms": "nobody"}, 404, "unknown_fm", "nobody"),
+    ({"fms": "f", "outputs": "nothing"}, 422, "unknown_output", "nothing"),
+    ({"fms": "f", "snapshot": "s9"}, 404, "unknown_snapshot", "s9"),
+    ({"snapshot": "s1"}, 400, "snapshot_invalid", "fm:id"),
+    ({"cursor": "AQ"}, 400, "cursor_invalid", "cut"),
+    ({"cursor": "no cursor!"}, 400, "cursor_invalid", "characters"),
+    ({"as_of": "2999-01-01T00:00:00Z"}, 400, "as_of_in_future", "future"),
+    ({"follow": True, "until": "2999-01-01T00:00:00Z"}, 400, "malformed", "to"),
+    ({"extend": True}, 400, "malformed", "cursor"),
+]
+
+
+@pytest.mark.parametrize(("params", "status", "code", "words"), BAD)
+def test_what_is_no_request_is_refused_in_words(
+    trained: Trained, params: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    answer = trained.ask(**params)
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert words in answer.json()["detail"]
+
+
+def test_a_cursor_that_is_damaged_or_of_another_dataset_is_refused(trained: Trained) -> None:
+    trained.close(0, 60)
+    cursor = trained.read(fms="f").start
+    for place in range(0, len(cursor), 7):
+        damaged = cursor[:place] + ("A" if cursor[place] != "A" else "B") + cursor[place + 1 :]
+        assert trained.ask(cursor=damaged).json()["code"] == "cursor_invalid"
+    assert trained.ask(cursor=cursor[:-3]).json()["code"] == "cursor_invalid"
+    answer = trained.api.http.get("/v1/datasets/ads/batches", params={"cursor": cursor})
+    assert (answer.status_code, answer.json()["code"]) == (409, "cursor_other_dataset")
+    answer = trained.ask(cursor=cursor, fms="f", columns="price")
+    assert (answer.status_code, answer.json()["code"]) == (400, "cursor_invalid")
+    assert "columns" in answer.json()["detail"]
+
+
+def test_a_cursor_of_rows_that_are_gone_is_told_so(trained: Trained) -> None:
+    from deltalake import DeltaTable
+
+    trained.close(0, 200)
+    cursor = trained.read(fms="f").start
+    table = DeltaTable(str(Path(trained.api.settings.tables_uri) / trained.dataset / "closed"))
+    table.delete("ready_seq < 20")
+    answer = trained.ask(cursor=cursor)
+    assert (answer.status_code, answer.json()["code"]) == (410, "cursor_expired")
+
+
+def test_a_feature_that_is_added_later_does_not_change_what_a_cursor_gives(trained: Trained) -> None:
+    trained.close(0, 120)
+    read = trained.read(fms="f")
+    grown = {**SPEC, "features": [*SPEC["features"], {"name": "extra", "type": "float", "nullable": True}]}
+    assert trained.api.http.put("/v1/datasets/stream", json=grown).status_code == 200
+    assert trained.read(cursor=read.start).content == read.content
+    assert set(trained.read(columns="extra").table["extra"].to_pylist()) == {None}
