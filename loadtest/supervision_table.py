@@ -67,7 +67,7 @@ def write(tables: Folder, folder: Path, *, num_rows: int) -> CallerFiles:
     )
     table.open(epoch=1)
     ids, times = [], []
-    for rows in _iter_commits(num_rows):
+    for rows in iter_supervision(num_rows):
         table.commit(rows, {})
         ids.append(rows["example_id"].chunk(0))
         times.append(rows["event_time"].chunk(0))
@@ -82,7 +82,7 @@ def write(tables: Folder, folder: Path, *, num_rows: int) -> CallerFiles:
     return files
 
 
-def _iter_commits(num_rows: int) -> Iterator[pa.Table]:
+def iter_supervision(num_rows: int) -> Iterator[pa.Table]:
     """Give the rows of each commit, in the order of event_time; ids are random."""
     random = np.random.default_rng(0)
     schema = supervision_table_schema(OUTPUTS)
