@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -10,7 +11,7 @@ import anyio.to_thread
 import redis
 from fastapi import Request
 
-from das_service.batches.stream import PageBudget
+from das_service.batches.stream import PageBudget, page_pool
 from das_service.beats import instance_name
 from das_service.declarations import Declarations
 from das_service.door.auth import Tokens
@@ -71,6 +72,7 @@ class Service:
     readers: Permits
     duck: Duck
     page_budget: PageBudget
+    page_pool: ThreadPoolExecutor
     coverage: Coverage
     threads: Threads
     stopping: threading.Event
@@ -101,6 +103,7 @@ class Service:
         self.monitor.stop()
         for client in (self.client, self.door, self.probe, self.ready):
             client.close()
+        self.page_pool.shutdown(cancel_futures=True)
         self.duck.close()
 
     def current_catalog(self) -> Catalog:
@@ -135,6 +138,7 @@ def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens, stopp
         readers=Permits(settings.max_concurrent_readers),
         duck=Duck(memory_bytes=settings.duckdb_memory_bytes),
         page_budget=PageBudget(total_bytes=settings.batches_memory_bytes),
+        page_pool=page_pool(),
         coverage=Coverage(metrics),
         threads=Threads(
             requests=anyio.CapacityLimiter(settings.max_concurrent_requests + _SPARE_THREADS),

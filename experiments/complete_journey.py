@@ -63,6 +63,7 @@ def _category(name: str, value_type: str, *, nullable: bool = False) -> dict[str
     return {"name": name, "type": "category", "value_type": value_type, "nullable": nullable}
 
 
+LABEL_WINDOW_SECONDS: Final = 3 * 86_400
 DATASET_SPEC: Final[dict[str, Any]] = {
     "entity_key": ["user_id"],
     "features": [
@@ -74,7 +75,7 @@ DATASET_SPEC: Final[dict[str, Any]] = {
         *(_category(name, "string", nullable=True) for name in _DEMOGRAPHICS),
         *({"name": name, "type": "float"} for name in _FLOATS),
     ],
-    "tasks": [{"name": LABEL_COLUMN, "label_window_seconds": 3600, "negative_if_silent": False}],  # none are posted yet
+    "tasks": [{"name": LABEL_COLUMN, "label_window_seconds": LABEL_WINDOW_SECONDS, "negative_if_silent": True}],
     "partitions": 4,
     "table_granularity": "day",
     "max_age_days": None,

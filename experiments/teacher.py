@@ -11,7 +11,8 @@ validation). `trained_through` is exclusive: one microsecond after the last even
 Shapes: B rows, F categories, D width of an embedding, C floats.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -110,7 +111,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedTeacher:
-    """A teacher in eval mode; its metrics are progressive (each row predicted before it was trained on)."""
+    """A frozen teacher in eval mode; its metrics are progressive (each row predicted before it was trained on)."""
 
     module: Teacher
     trained_through: datetime
@@ -119,49 +120,82 @@ class TrainedTeacher:
     auc: float
 
 
-def train_teacher(
-    paths: Sequence[Path],
-    *,
-    seed: int = 0,
-    num_threads: int = 1,
-    on_progress: Callable[[int], None] | None = None,
-) -> TrainedTeacher:
-    """Give the teacher trained on the rows of these week files, each once, in the order of event_time.
+class TeacherTrainer:
+    """A teacher in training, which goes on with what closes. Equal seeds and num_threads give equal bits.
 
-    The layers' learning rate falls linearly over the pass, so that the last batches do not decide the calibration.
-    Equal seeds and num_threads give equal bits; the process's own random state and number of torch threads stay as they
-    were. Two threads take 0.6 of the time on two idle cores, and several times as long on busy ones: OpenMP waits by
-    spinning. on_progress receives the number of rows of each batch as it is trained on.
+    The process's own random state and number of torch threads stay as they were. Two threads take 0.6 of the time on
+    two idle cores, and several times as long on busy ones: OpenMP waits by spinning.
+    """
+
+    def __init__(self, *, seed: int = 0, num_threads: int = 1) -> None:
+        self._seed = seed
+        self._num_threads = num_threads
+        with torch_settings(seed=seed, num_threads=num_threads):
+            self._module = Teacher()
+        self._optimizers = build_optimizers(self._module)
+        self._last_event_time = 0
+
+    def train(
+        self,
+        batches: Iterable[Batch],
+        *,
+        num_rows: int,
+        layer_rate: float = _LAYER_RATE,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> TrainedTeacher:
+        """Give the teacher after these num_rows rows too, each seen once, in the order of event_time.
+
+        The layers' learning rate falls linearly over the pass, so that the last batches do not decide the calibration.
+        on_progress receives the number of rows of each batch as it is trained on.
+
+        Raises:
+            ValueError: There are no rows, or all labels are equal.
+        """
+        if num_rows == 0:
+            raise ValueError("there are no rows to train on")
+        logits, labels = [], []
+        num_seen = 0
+        _, layers = self._optimizers
+        with torch_settings(seed=self._seed, num_threads=self._num_threads):
+            for batch in batches:
+                layers.param_groups[0]["lr"] = layer_rate * max(1 - num_seen / num_rows, _LAST_RATE_RATIO)
+                logits.append(train_batch(self._module, batch, self._optimizers))
+                labels.append(batch.labels.numpy())
+                num_seen += len(batch.labels)
+                self._last_event_time = max(self._last_event_time, batch.last_event_time)
+                if on_progress is not None:
+                    on_progress(len(batch.labels))
+        logit, label = np.concatenate(logits), np.concatenate(labels)
+        return TrainedTeacher(
+            module=self._frozen(),
+            trained_through=datetime.fromtimestamp(0, UTC) + timedelta(microseconds=self._last_event_time + 1),
+            num_rows=num_rows,
+            normalized_entropy=normalized_entropy(logit, label),
+            auc=auc(logit, label),
+        )
+
+    def _frozen(self) -> Teacher:
+        module = copy.deepcopy(self._module)
+        module.table.sparse = False  # it was for the gradient, and a frozen table has none
+        module.eval().requires_grad_(requires_grad=False)
+        return module
+
+
+def train_teacher(
+    paths: Sequence[Path], *, seed: int = 0, num_threads: int = 1, on_progress: Callable[[int], None] | None = None
+) -> TrainedTeacher:
+    """Give the teacher trained on the rows of these week files, as TeacherTrainer does.
 
     Raises:
         ValueError: There are no rows, all labels are equal, or the files are not in the order of event_time.
     """
-    num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
-    if num_rows == 0:
-        raise ValueError(f"there are no rows to train on in {len(paths)} files")
-    logits, labels = [], []
-    num_seen = last_event_time = 0
-    with torch_settings(seed=seed, num_threads=num_threads):
-        module = Teacher()
-        tables, layers = build_optimizers(module)
-        for batch in iter_batches(paths):
-            layers.param_groups[0]["lr"] = _LAYER_RATE * max(1 - num_seen / num_rows, _LAST_RATE_RATIO)
-            logits.append(train_batch(module, batch, (tables, layers)))
-            labels.append(batch.labels.numpy())
-            num_seen += len(batch.labels)
-            last_event_time = batch.last_event_time
-            if on_progress is not None:
-                on_progress(len(batch.labels))
-    module.table.sparse = False  # it was for the gradient, and a frozen table has none
-    module.eval().requires_grad_(requires_grad=False)
-    logit, label = np.concatenate(logits), np.concatenate(labels)
-    return TrainedTeacher(
-        module=module,
-        trained_through=datetime.fromtimestamp(0, UTC) + timedelta(microseconds=last_event_time + 1),
-        num_rows=num_rows,
-        normalized_entropy=normalized_entropy(logit, label),
-        auc=auc(logit, label),
-    )
+    trainer = TeacherTrainer(seed=seed, num_threads=num_threads)
+    return trainer.train(iter_batches(paths), num_rows=count_rows(paths), on_progress=on_progress)
+
+
+def count_rows(paths: Sequence[Path]) -> int:
+    """Give how many rows the week files have."""
+    return sum(pq.read_metadata(path).num_rows for path in paths)
 
 
 def iter_batches(paths: Sequence[Path], *, batch_rows: int = _BATCH_ROWS) -> Iterator[Batch]:
@@ -176,11 +210,18 @@ def iter_batches(paths: Sequence[Path], *, batch_rows: int = _BATCH_ROWS) -> Ite
         times = table["event_time"].cast(pa.int64()).to_numpy()
         if len(times) and (times[0] <= previous or np.any(np.diff(times) < 0)):
             raise ValueError(f"{path} is not in the order of event_time, or not after the file before it")
-        tensors, labels = build_tensors(table, INPUTS), torch.from_numpy(table[LABEL_COLUMN].to_numpy().copy())
-        for start, stop in iter_cuts(times, batch_rows=batch_rows):
-            previous = int(times[stop - 1])
-            part = {name: tensor[start:stop] for name, tensor in tensors.items()}
-            yield Batch(tensors=part, labels=labels[start:stop], last_event_time=previous)
+        for batch in iter_table(table, batch_rows=batch_rows):
+            previous = batch.last_event_time
+            yield batch
+
+
+def iter_table(table: pa.Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Batch]:
+    """Give the rows of a table, which are in the order of event_time, in the same way."""
+    times = table["event_time"].cast(pa.int64()).to_numpy()
+    tensors, labels = build_tensors(table, INPUTS), torch.from_numpy(table[LABEL_COLUMN].to_numpy().copy())
+    for start, stop in iter_cuts(times, batch_rows=batch_rows):
+        part = {name: tensor[start:stop] for name, tensor in tensors.items()}
+        yield Batch(tensors=part, labels=labels[start:stop], last_event_time=int(times[stop - 1]))
 
 
 def iter_cuts(event_times: npt.NDArray[np.int64], *, batch_rows: int) -> Iterator[tuple[int, int]]:

@@ -63,6 +63,8 @@ class Sizes:
     sink: Size
     augment_rows: int
     augment_rounds: int
+    batches_rows: int
+    batches_rounds: int
 
 
 FULL = Sizes(
@@ -74,6 +76,8 @@ FULL = Sizes(
     sink=Size(40, 4),
     augment_rows=5_000_000,
     augment_rounds=4,
+    batches_rows=1_000_000,
+    batches_rounds=3,
 )
 QUICK = Sizes(
     ingest=Size(2, 2),
@@ -84,6 +88,8 @@ QUICK = Sizes(
     sink=Size(1, 2),
     augment_rows=20_000,
     augment_rounds=2,
+    batches_rows=20_000,
+    batches_rounds=2,
 )
 
 
@@ -124,12 +130,19 @@ def measure_augment(folder: Path, sizes: Sizes) -> Record:
     return _in_own_process("augment", folder, num_rows=sizes.augment_rows, rounds=sizes.augment_rounds)
 
 
+def measure_batches(folder: Path, sizes: Sizes) -> Record:
+    """Give the line of training batches."""
+    folder.mkdir(exist_ok=True)
+    return _in_own_process("batches", folder, num_rows=sizes.batches_rows, rounds=sizes.batches_rounds)
+
+
 STAGES: dict[str, Callable[[Path, Sizes], Record]] = {
     "ingest": measure_ingest,
     "service": measure_service,
     "worker": measure_worker,
     "sink": measure_sink,
     "augment": measure_augment,
+    "batches": measure_batches,
 }
 
 

@@ -42,6 +42,11 @@ _WHAT = {
         "the same join as one unordered DuckDB statement",
     ),
     "augment_http": ("augment over HTTP, the same rows, peak of the API {peak_mb:,} MB", "likewise"),
+    "batches": (
+        "training batches over HTTP, {rows:,} closed rows with features, labels and supervision, in ready order, peak "
+        "of the API {peak_mb:,} MB",
+        "the join of the three tables as one unordered DuckDB statement",
+    ),
 }
 
 

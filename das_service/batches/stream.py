@@ -6,6 +6,7 @@ Pages are made as they are read; their size is what the readers of this process 
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -25,9 +26,11 @@ Going: TypeAlias = Literal["no", "extend", "follow"]
 KEEP_ALIVE_SECONDS = 10.0
 REOPEN_SECONDS = 600.0
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 8 * 1024 * 1024, 96 * 1024 * 1024
+_PAGES_EACH = 2  # the one that is read, and the one that comes
 _FIRST_ROW_BYTES = 1024
 _MOST_PAGE_ROWS = 262_144
 _PERMIT_TRIES = 10
+_PAGES_AT_ONCE = 2
 
 
 class PageBudget:
@@ -52,18 +55,25 @@ class PageBudget:
     @property
     def page_bytes(self) -> int:
         """What one reader's page may take."""
-        return max(_LEAST_PAGE_BYTES, min(_MOST_PAGE_BYTES, self._total_bytes // max(1, self._readers)))
+        share = self._total_bytes // max(1, self._readers) // _PAGES_EACH
+        return max(_LEAST_PAGE_BYTES, min(_MOST_PAGE_BYTES, share))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a stream is read from. count: told of the statuses of rows that were joined."""
+    """What a stream is read from. pool: makes the pages; count: is told of the statuses of rows that were joined."""
 
     duck: Duck
+    pool: Executor
     folder: Folder
     catalog: Callable[[], Catalog]
     budget: PageBudget
     count: Callable[[str, Counts], None]
+
+
+def page_pool() -> ThreadPoolExecutor:
+    """Give the threads that make pages, for all readers of a process."""
+    return ThreadPoolExecutor(_PAGES_AT_ONCE, thread_name_prefix="pages")
 
 
 def split_cursor(cursor: Cursor, text: str) -> Cursor:
@@ -101,6 +111,7 @@ class BatchStream:
         self.schema = self._pages.schema
 
     def _open(self, cursor: Cursor) -> PageReader:
+        self._opened_at = time.monotonic()
         return PageReader(self._reading.duck, self._reading.folder, self._reading.catalog(), cursor)
 
     def iter_parts(self, *, max_rows: int | None = None) -> Generator[bytes | None, None, None]:
@@ -162,20 +173,31 @@ class BatchStream:
     # ---- pages
 
     def _iter_pages(self) -> Iterator[Page]:
-        opened_at = time.monotonic()
-        for ranges in iter_ranges(self.cursor, self._page_rows):
-            if time.monotonic() - opened_at > REOPEN_SECONDS:  # files that compaction replaced go away some day
-                self._pages, opened_at = self._open(self.cursor), time.monotonic()
-            page = self._read(ranges)
-            if page.rows.num_rows:
-                self._row_bytes = max(1.0, page.rows.nbytes / page.rows.num_rows)
-            self._reading.count(self.cursor.dataset, page.counts)
-            yield page
+        """Give the pages up to the cursor's bounds; the next one is made while one is being read."""
+        ranges = iter_ranges(self.cursor, self._page_rows)
+        coming = self._submit(ranges)
+        try:
+            while coming is not None:
+                page = coming.result()
+                if page.rows.num_rows:
+                    self._row_bytes = max(1.0, page.rows.nbytes / page.rows.num_rows)
+                coming = self._submit(ranges)
+                self._reading.count(self.cursor.dataset, page.counts)
+                yield page
+        finally:
+            if coming is not None:
+                coming.cancel()
+
+    def _submit(self, ranges: Iterator[list[tuple[int, int]]]) -> "Future[Page] | None":
+        part = next(ranges, None)
+        return None if part is None else self._reading.pool.submit(self._read, part)
 
     def _page_rows(self) -> int:
         return max(1, min(_MOST_PAGE_ROWS, int(self._reading.budget.page_bytes / self._row_bytes)))
 
     def _read(self, ranges: list[tuple[int, int]]) -> Page:
+        if time.monotonic() - self._opened_at > REOPEN_SECONDS:  # files that compaction replaced go away some day
+            self._pages = self._open(self.cursor)
         for _ in range(_PERMIT_TRIES - 1):
             try:
                 return self._pages.read(ranges)

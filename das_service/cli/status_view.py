@@ -56,6 +56,9 @@ def _dataset(name: str, dataset: Mapping[str, Any], before: Mapping[str, Any], s
         f"in the log {_count(dataset.get('in_log'))}",
         f"logs {_bytes(dataset.get('backlog_bytes'))}",
     ]
+    if dataset.get("closed"):
+        words.append(f"closed {_count(dataset['closed'])} (up to {str(dataset.get('watermark') or '-')[:19]})")
+        words.append(f"late labels {_count(dataset.get('late_labels'))}")
     return f"[bold]dataset {escape(name)}[/]  {_SEPARATOR.join(words)}"
 
 

@@ -132,3 +132,8 @@ def table_of_log(kind: str) -> str | None:
 def ready_name(partition: int) -> str:
     """Name under which a table remembers the next ready_seq of a partition; `late_labels`: the next to look at."""
     return f"ready_seq/{partition}"
+
+
+def watermark_name(partition: int) -> str:
+    """Name under which `closed` remembers up to which watermark a partition is closed, in microseconds."""
+    return f"watermark/{partition}"

@@ -159,6 +159,7 @@ def _open(service: Service, dataset: str, asked: BatchParameters) -> BatchStream
         cursor = split_cursor(cursor, asked.split)
     reading = Reading(
         duck=service.duck,
+        pool=service.page_pool,
         folder=service.tables,
         catalog=service.catalog.current,
         budget=service.page_budget,

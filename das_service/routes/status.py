@@ -53,6 +53,11 @@ class DatasetStatus(BaseModel):
     conflicting: int
     diverted: int = Field(description="Accepted and not taken by the table; they lie in dead_chunks.")
     in_log: int = Field(description="Accepted and not committed to the table yet.")
+    closed: int = Field(description="Examples whose label windows are over, with their labels.")
+    late_labels: int = Field(description="Labels that came after that, or after their window.")
+    watermark: datetime | None = Field(
+        description="Event time that all partitions were closed up to, less the windows."
+    )
     backlog_bytes: int
     fms: dict[str, FmStatus]
 

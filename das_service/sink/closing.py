@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, ready_name, scored_log
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, ready_name, scored_log, watermark_name
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.sink.close_queries import Sources, closable_rows, from_day, labels_of, number_of, shifted
@@ -53,11 +53,6 @@ _FIRST_US = -62_135_596_800_000_000  # the year 1: no event_time and no date lie
 _EPOCH_DAY = dt.date(1970, 1, 1)
 _DAY_US = 86_400_000_000
 CLOSED_AT = "closed_at"  # `closed` remembers the latest time that it gave its rows, in microseconds
-
-
-def watermark_name(partition: int) -> str:
-    """Name under which `closed` remembers up to which watermark a partition is closed, in microseconds."""
-    return f"watermark/{partition}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,23 @@ still to be fed from the examples table.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import redis
 
 from das_service.folder import Folder
 from das_service.logs.backlog import Reader, Unfinished, read_unfinished, sum_unfinished
-from das_service.logs.records import EXAMPLES, Mark, dead_log, read_mark, rescore_log, scored_log, table_of_log
+from das_service.logs.records import (
+    EXAMPLES,
+    Mark,
+    dead_log,
+    read_mark,
+    rescore_log,
+    scored_log,
+    table_of_log,
+    watermark_name,
+)
 from das_service.logs.streams import NOT_COUNTED, LogCounters, read_counters
 from das_service.metrics import package_version
 from das_service.registry import Catalog, FmRecord
@@ -22,6 +32,7 @@ from das_service.settings import Settings
 from das_service.watch.monitor import Findings
 from das_service.watch.readiness import readiness_problems
 from schemas import keys
+from schemas.tables import CLOSED, LATE_LABELS
 
 _NOTHING = Mark(version=-1, positions={})
 _TRIES = 5
@@ -100,8 +111,23 @@ def dataset_status(
         "conflicting": examples.conflicting,
         "diverted": examples.diverted,
         "in_log": in_log,
+        **_closing_status(tables, dataset, partitions),
         "backlog_bytes": sum(counted.kept_bytes for counted in look.counters.values()),
         "fms": {record.fm: _fm_status(catalog, dataset, record, look, now_us) for record in fms.values()},
+    }
+
+
+def _closing_status(tables: Folder, dataset: str, partitions: range) -> dict[str, Any]:
+    """Give how many rows are closed, how many labels came too late, and the lowest watermark, None before the first."""
+    closed = read_mark(tables, dataset, CLOSED) or _NOTHING
+    late = read_mark(tables, dataset, LATE_LABELS) or _NOTHING
+    reached = [closed.numbers.get(watermark_name(partition)) for partition in partitions]
+    known = [at for at in reached if at is not None]
+    lowest = min(known) if len(known) == len(reached) else None
+    return {
+        "closed": closed.rows,
+        "late_labels": late.rows,
+        "watermark": None if lowest is None else datetime.fromtimestamp(0, UTC) + timedelta(microseconds=lowest),
     }
 
 
