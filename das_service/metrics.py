@@ -109,6 +109,10 @@ class Metrics:
             "das_freshness_gap_seconds", "event_time - trained_through of the newest scored row.", ["dataset", "fm"],
             registry=registry,
         )  # fmt: skip
+        self.supervision_age_seconds = Gauge(
+            "das_supervision_age_seconds", "scored_at - event_time of the newest scored row.", ["dataset", "fm"],
+            registry=registry,
+        )  # fmt: skip
         self.commit_seconds = Histogram(
             "das_commit_seconds", "Time of a durable commit.", ["dataset", "table"], buckets=_STAGE_BUCKETS,
             registry=registry,

@@ -380,10 +380,12 @@ class Feed:
 
     def _report_freshness(self, rows: pa.Table) -> None:
         if "trained_through" in rows.column_names:
-            newest = rows.slice(rows.num_rows - 1).select(["event_time", "trained_through"]).to_pylist()[0]
-            gap = newest["event_time"] - newest["trained_through"]
-            fm = self.table.table.partition("/")[2]
-            self._work.metrics.freshness_gap_seconds.labels(self.table.dataset, fm).set(gap.total_seconds())
+            times = ["event_time", "trained_through", "scored_at"]
+            newest = rows.slice(rows.num_rows - 1).select(times).to_pylist()[0]
+            names, metrics = (self.table.dataset, self.table.table.partition("/")[2]), self._work.metrics
+            gap, age = newest["event_time"] - newest["trained_through"], newest["scored_at"] - newest["event_time"]
+            metrics.freshness_gap_seconds.labels(*names).set(gap.total_seconds())
+            metrics.supervision_age_seconds.labels(*names).set(age.total_seconds())
 
 
 def _is_systemic(error: Exception) -> bool:
