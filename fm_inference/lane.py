@@ -27,9 +27,11 @@ from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake
 from fm_inference.engine import Prepared, Scored, TorchEngine
 from fm_inference.outputs import ModelOutputError
+from fm_inference.pace import PublishPace
 from fm_inference.poison import RowsFailedError, resume_attempt, try_rows
 from fm_inference.publishing import Outcome, Published, Publisher, publish
 from fm_inference.rows import NewerSpecError, Rows, read_rows
+from fm_inference.shadow import Shadower
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import EntryError
@@ -113,6 +115,14 @@ class Lane:
             batch_rows=context.settings.batch_rows,
             count_unreadable=context.metrics.unreadable_entries.labels(dataset, fm).inc,
         )  # fmt: skip
+        self.shadower = Shadower(
+            context,
+            connect(context.settings, on_connect=self._check_logs),
+            dataset=dataset,
+            fm=fm,
+            partitions=partitions,
+        )
+        self._pace = PublishPace(context.metrics, dataset, fm)
         self._queue: queue.Queue[_Work] = queue.Queue(maxsize=1)
         self._stages = context.metrics.stage_seconds
         self._looked_at = 0.0
@@ -256,7 +266,8 @@ class Lane:
     def _score(self, work: _Work) -> None:
         deliveries = work.rows.deliveries
         if work.prepared is None:
-            self._score_suspect(work)
+            with self.shadower.held():
+                self._score_suspect(work)
             return
         try:
             scored = self._forward(work.loaded, work.prepared)
@@ -264,7 +275,8 @@ class Lane:
             log.warning("%s: the model failed on %d rows (%s)", self.name, work.prepared.num_rows, _line(error))
             work.loaded.engine.warm_up()  # a broken device raises here, which ends the process
             for i in range(len(deliveries)):
-                self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
+                with self.shadower.held():
+                    self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
             return
         outcomes = []
         for i, delivery in enumerate(deliveries):
@@ -329,9 +341,13 @@ class Lane:
         with self._timed("publish"):
             results = self._patiently(lambda: publish(self._client, loaded.publisher, outcomes))
         self._intake.finished(outcome.delivery for outcome in outcomes)
+        if Published.DONE in results:
+            self._pace.note(loaded.publisher.snapshot_id, [outcome.delivery.entry.taken_at_us for outcome in outcomes])
         for outcome, result in zip(outcomes, results, strict=True):
             if result is Published.DONE:
                 self.rows_scored += len(outcome.scored_rows)
+                if not outcome.delivery.suspect:
+                    self.shadower.offer(outcome.delivery.partition, outcome.columns, outcome.scored_rows)
                 if outcome.delivery.entry.trace:
                     log.debug("%s: %s, trace %s", self.name, outcome.delivery.key, outcome.delivery.entry.trace_id)
                 continue
