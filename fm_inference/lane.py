@@ -39,6 +39,7 @@ from schemas.entries import EntryError
 log = logging.getLogger("das.worker")
 _BLOCK_MS = 500
 _RETRY_SECONDS = 0.2
+_LOOK_SECONDS = 0.005
 _T = TypeVar("_T")
 
 
@@ -91,16 +92,22 @@ def refusal(client: redis.Redis, tables: Folder, dataset: str) -> str:
 
 
 class Lane:
-    """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker.
+    """Scores one FM's examples until the role stops. `loaded`, `former`, `halted` and `peers` are set by the worker.
 
+    former: what was at work before, kept warm for a roll-back.
     busy_since: when the device thread took the batch that it is at (monotonic seconds), None when it waits for one.
     """
 
-    def __init__(self, context: RoleContext, *, dataset: str, fm: str, partitions: int) -> None:
+    def __init__(
+        self, context: RoleContext, *, dataset: str, fm: str, partitions: int, hurry: Callable[[], None] = lambda: None
+    ) -> None:
+        """Make it; nothing runs yet. hurry: lets the worker look at once, since what is loaded was withdrawn."""
         self._context = context
+        self._hurry = hurry
         self.dataset = dataset
         self.fm = fm
         self.loaded: Loaded | None = None
+        self.former: Loaded | None = None
         self.halted = ""
         self.peers = Peers(by_instance={}, trust_absence=False)
         self.rows_scored = 0
@@ -355,8 +362,15 @@ class Lane:
             if result in {Published.LOST, Published.OTHER_EPOCH}:
                 self.halted = "the log does not agree with the tables; run `das recover`"
             self._intake.recheck()  # one that was not ours may have become so before we let go of it
-        if Published.WITHDRAWN in results:  # the worker is about to load what is active now
-            self._context.stopping.wait(_RETRY_SECONDS)
+        if Published.WITHDRAWN in results:
+            self._await_successor(loaded)
+
+    def _await_successor(self, withdrawn: Loaded) -> None:
+        """Give the worker a moment to put what is active now in the place of what was withdrawn."""
+        self._hurry()
+        deadline = time.monotonic() + _RETRY_SECONDS
+        while self.loaded is withdrawn and time.monotonic() < deadline:
+            self._context.stopping.wait(_LOOK_SECONDS)
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
         """Give what a call to the server gives, however often the server can't answer meanwhile.

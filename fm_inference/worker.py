@@ -5,9 +5,11 @@ thread runs new snapshots in a child process first.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -35,6 +37,7 @@ _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
 _RETRY_LOAD_SECONDS = 5.0
 _STUCK_SECONDS = 120.0
+_GIVE_WAY_SECONDS = 0.0002
 
 
 class Worker:
@@ -61,6 +64,7 @@ class Worker:
         self._started_at = time.monotonic()
         self._dead: list[str] = []
         self._has_msetex: bool | None = None
+        self._changed = threading.Event()
 
     # ---- what others see
 
@@ -122,7 +126,8 @@ class Worker:
                 self._away = f"the server or the tables' folder can't be used ({error})"
             except DasError as error:
                 self._away = error.detail
-            self._context.stopping.wait(_POLL_SECONDS)
+            self._changed.wait(_POLL_SECONDS)
+            self._changed.clear()
         self._join_lanes()
         self._repository.close()
         if self._dead:
@@ -173,7 +178,8 @@ class Worker:
                 self._load_shadow(self._catalog, dataset, record)
 
     def _start_lane(self, catalog: Catalog, dataset: str, fm: str) -> None:
-        lane = Lane(self._context, dataset=dataset, fm=fm, partitions=catalog.spec(dataset).partitions)
+        partitions = catalog.spec(dataset).partitions
+        lane = Lane(self._context, dataset=dataset, fm=fm, partitions=partitions, hurry=self._changed.set)
         lane.peers = self._peers
         self._lanes[dataset, fm] = lane
         targets = {
@@ -227,16 +233,21 @@ class Worker:
             log.warning("%s: %s", lane.name, self._failures[key][1])
             return
         self._failures.pop(key, None)
+        if lane.loaded is not None and lane.loaded.publisher.snapshot_id != record.active:
+            lane.former = lane.loaded
         lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
         log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
 
     def _load_shadow(self, catalog: Catalog, dataset: str, record: FmRecord) -> None:
         """Give the lane the shadow that the registry names, once an active snapshot is at work; failing is no trouble.
 
+        It takes the place of the former snapshot that is kept warm for a roll-back: no more than two are at rest.
         One that ended is let go of at once; one that is activated hands its engine on (`_engine`).
         """
         lane, key, now = self._lanes[dataset, record.fm], (dataset, record.fm), time.monotonic()
         shadower, loaded = lane.shadower, lane.loaded
+        if lane.former is not None and (record.shadow or lane.former.publisher.snapshot_id in record.retired):
+            lane.former = None
         if record.shadow is None or loaded is None:
             shadower.shadow, shadower.problem = None, ""
             self._shadow_failures.pop(key, None)
@@ -274,15 +285,17 @@ class Worker:
     def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> TorchEngine:
         if lane.loaded is not None and lane.loaded.publisher.snapshot_id == record.active:
             return lane.loaded.engine
-        shadow = lane.shadower.shadow
-        if shadow is not None and shadow.publisher.snapshot_id == record.active:
-            return shadow.engine
+        for warm in (lane.former, lane.shadower.shadow):
+            if warm is not None and warm.publisher.snapshot_id == record.active:
+                return warm.engine
+        lane.former = None  # two are at work while this one loads: a third might not fit
         return self._load_engine(catalog, dataset, record.fm, record.active or "")
 
     def _load_engine(self, catalog: Catalog, dataset: str, fm: str, snapshot_id: str) -> TorchEngine:
         settings = self._context.settings
         snapshot = catalog.snapshot(dataset, fm, snapshot_id)
-        return self._repository.load(snapshot, device=settings.device, bf16=settings.bf16)
+        with _giving_way():
+            return self._repository.load(snapshot, device=settings.device, bf16=settings.bf16)
 
     def _publisher(self, catalog: Catalog, dataset: str, record: FmRecord, snapshot_id: str, epoch: int) -> Publisher:
         snapshot = catalog.snapshot(dataset, record.fm, snapshot_id)
@@ -325,6 +338,17 @@ class Worker:
                 self._context.stopping.wait(_POLL_SECONDS)
             else:  # let the manager see the new revision before looking again
                 self._context.stopping.wait(2 * _POLL_SECONDS)
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let the lanes have the interpreter at once, as long as this lasts: each of their many calls would wait for it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_GIVE_WAY_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def main(settings: Settings) -> int:
