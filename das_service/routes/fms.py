@@ -207,7 +207,7 @@ async def get_snapshot(
 @router.post(
     "/{fm}/snapshots/{snapshot_id}/retire",
     dependencies=[Depends(Needs("admin"))],
-    responses=problems(404, 409),
+    responses=problems(404, 409, 422),
     summary="Retire a snapshot",
 )
 async def post_retire(
@@ -266,7 +266,7 @@ async def put_active(
 @router.post(
     "/{fm}/rollback",
     dependencies=[Depends(Needs("admin"))],
-    responses=problems(404, 409, 412),
+    responses=problems(404, 409, 412, 422),
     summary="Roll back to the snapshot before",
 )
 async def post_rollback(
