@@ -19,7 +19,7 @@ from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
 from das_service.metrics import Metrics, package_version
 from das_service.routes import augment, batches, datasets, examples, fms, health, labels, status, supervision
-from das_service.routes.fms import ActiveDeclaration, FmDeclaration, SnapshotDeclaration
+from das_service.routes.fms import ActiveDeclaration, FmDeclaration, ShadowDeclaration, SnapshotDeclaration
 from das_service.routes.status import ReplayDeclaration
 from das_service.service import build_service
 from das_service.settings import Settings, SettingsError
@@ -35,6 +35,7 @@ _BODIES = (
     FmDeclaration,
     SnapshotDeclaration,
     ActiveDeclaration,
+    ShadowDeclaration,
     ReplayDeclaration,
     LookupBody,
     AugmentBody,

@@ -3,14 +3,15 @@
 The record comes first, then the logs and groups that it calls for; all steps do nothing the second time.
 """
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import redis
-import xxhash
 
-from das_service.errors import ConflictError, DasError, InvalidRowsError, UnknownNameError
+from das_service.audit import AuditAction, Note
+from das_service.errors import ConflictError, InvalidRowsError, UnknownNameError
 from das_service.folder import Folder, local_path
 from das_service.logs.records import DATASET_LOGS, fm_logs
 from das_service.logs.streams import create_groups, create_logs, raise_generation
@@ -25,12 +26,26 @@ from das_service.registry import (
     snapshot_field,
 )
 from das_service.snapshot_folder import SnapshotError, read_manifest
+from das_service.snapshot_life import (
+    activated,
+    active_etag,
+    refuse_race,
+    refuse_unusable,
+    retired,
+    rolled_back,
+    shadow_etag,
+    with_shadow,
+    without_shadow,
+)
 from schemas.dataset import DatasetSpec, grow
 from schemas.snapshot import OutputColumns
 
 
 class Declarations:
-    """Makes the changes. `client` must refuse to connect to a server that has lost data (LogGuard)."""
+    """Makes the changes. `client` must refuse to connect to a server that has lost data (LogGuard).
+
+    who: what the audit log calls whoever asks for a change of an FM or a snapshot.
+    """
 
     def __init__(self, client: redis.Redis, tables: Folder, snapshots_uri: str) -> None:
         self._client = client
@@ -64,7 +79,7 @@ class Declarations:
         create_logs(self._client, self._tables, dataset, partitions=spec.partitions, kinds=DATASET_LOGS)
         return spec, is_new
 
-    def put_fm(self, dataset: str, fm: str, *, required: bool) -> tuple[FmRecord, bool]:
+    def put_fm(self, dataset: str, fm: str, *, required: bool, who: str) -> tuple[FmRecord, bool]:
         """Declare an FM and give (its record, whether it is new). Examples from now on are pending for it."""
         spec = read_catalog(self._client).spec(dataset)
         is_new = True
@@ -74,14 +89,17 @@ class Declarations:
             is_new = stored is None
             return (stored or FmRecord(fm=fm, required=required)).model_copy(update={"required": required})
 
-        record = self._registry.change(fm_field(dataset, fm), FmRecord, update)
+        note = Note(dataset=dataset, fm=fm, who=who, what="declare")
+        record = self._registry.change(fm_field(dataset, fm), FmRecord, update, note=lambda _: note)
         create_logs(
             self._client, self._tables, dataset, partitions=spec.partitions, kinds=[*DATASET_LOGS, *fm_logs(fm)]
         )
         create_groups(self._client, dataset, partitions=spec.partitions, fm=fm)
         return record, is_new
 
-    def register_snapshot(self, dataset: str, fm: str, *, snapshot_id: str, uri: str, sha256: str) -> SnapshotRecord:
+    def register_snapshot(
+        self, dataset: str, fm: str, *, snapshot_id: str, uri: str, sha256: str, who: str
+    ) -> SnapshotRecord:
         """Register a snapshot for a worker to validate; again with the same sha256 changes nothing.
 
         A rejected snapshot that is registered again is validated again. The id gets its number in the FM's record
@@ -99,9 +117,8 @@ class Declarations:
         _refuse_other_outputs(owner, place, sha256)
         wanted = SnapshotRecord(snapshot_id=snapshot_id, uri=place, sha256=sha256, registered_at=datetime.now(UTC))
 
-        def number(record: FmRecord | None) -> FmRecord:
-            if record is None:
-                raise UnknownNameError("FM", fm, f" of dataset {dataset!r}")
+        def number(stored: FmRecord | None) -> FmRecord:
+            record = _declared(stored, dataset, fm)
             if snapshot_id in record.snapshots:
                 return record
             return record.model_copy(update={"snapshots": (*record.snapshots, snapshot_id)})
@@ -111,56 +128,139 @@ class Declarations:
             return wanted if record is None or record.state == "rejected" else record
 
         self._registry.change(fm_field(dataset, fm), FmRecord, number)
-        return self._registry.change(snapshot_field(dataset, fm, snapshot_id), SnapshotRecord, update)
+        note = Note(dataset=dataset, fm=fm, who=who, what="register", snapshot_id=snapshot_id)
+        return self._registry.change(
+            snapshot_field(dataset, fm, snapshot_id), SnapshotRecord, update, note=lambda _: note
+        )
 
-    def activate(self, dataset: str, fm: str, snapshot_id: str, *, if_match: str | None) -> FmRecord:
+    def activate(self, dataset: str, fm: str, snapshot_id: str, *, if_match: str | None, who: str) -> FmRecord:
         """Let a validated snapshot score from now on. Naming one that was active before withdraws the present one.
 
-        Raises:
-            ConflictError: not_validated.
-            DasError: 412, the FM was changed since if_match was read.
-        """
-        catalog = read_catalog(self._client)
-        spec = catalog.spec(dataset)
-        snapshot = catalog.snapshot(dataset, fm, snapshot_id)
-        if snapshot.state not in {"validated", "active"}:
-            raise ConflictError(f"snapshot {snapshot_id!r} is {snapshot.state}, not validated", code="not_validated")
+        Without if_match, only another activation that is made in the same moment is in the way.
 
-        def update(record: FmRecord | None) -> FmRecord:
-            if record is None:
-                raise UnknownNameError("FM", fm, f" of dataset {dataset!r}")
-            if if_match is not None and not _matches(if_match, active_etag(record)):
-                raise DasError(
-                    f"FM {fm!r} was changed by somebody else: its active snapshot is {record.active!r}",
-                    code="lost_race", http_status=412,
-                )  # fmt: skip
+        Raises:
+            ConflictError: not_validated or retired.
+            DasError: 412, the FM was changed since if_match was read, or meanwhile.
+        """
+        owner, snapshot = self._stored(dataset, fm, snapshot_id)
+        seen = active_etag(owner)
+
+        def update(record: FmRecord) -> FmRecord:
+            is_repeat = if_match is None and record.active == snapshot_id
+            if not is_repeat:
+                refuse_race(record, if_match or seen, active_etag(record))
+            refuse_unusable(record, snapshot)
             return activated(record, snapshot_id)
 
-        record = self._registry.change(fm_field(dataset, fm), FmRecord, update)
-        raise_generation(self._client, dataset, partitions=spec.partitions, fm=fm, generation=record.generation)
+        return self._withdrawing(dataset, self._change_fm(dataset, fm, update, who=who, what="activate"))
+
+    def roll_back(self, dataset: str, fm: str, *, if_match: str | None, who: str) -> FmRecord:
+        """Let the snapshot score that was active before the present one, which can't publish any more.
+
+        Raises:
+            ConflictError: nothing_to_roll_back_to.
+            DasError: 412, the FM was changed since if_match was read, or meanwhile.
+        """
+        seen = active_etag(read_catalog(self._client).fm(dataset, fm))
+
+        def update(record: FmRecord) -> FmRecord:
+            refuse_race(record, if_match or seen, active_etag(record))
+            return rolled_back(record)
+
+        return self._withdrawing(dataset, self._change_fm(dataset, fm, update, who=who, what="roll_back"))
+
+    def shadow(
+        self, dataset: str, fm: str, snapshot_id: str, share: float, *, if_match: str | None, who: str
+    ) -> FmRecord:
+        """Let a validated snapshot score a share of the examples beside the active one, in place of any other shadow.
+
+        Raises:
+            ConflictError: not_validated, retired, is_active or no_active.
+            DasError: 412, the shadow was changed since if_match was read, or meanwhile.
+        """
+        owner, snapshot = self._stored(dataset, fm, snapshot_id)
+        seen = shadow_etag(owner)
+
+        def update(record: FmRecord) -> FmRecord:
+            refuse_race(record, if_match or seen, shadow_etag(record))
+            refuse_unusable(record, snapshot)
+            return with_shadow(record, snapshot_id, share)
+
+        return self._change_fm(dataset, fm, update, who=who, what="shadow")
+
+    def end_shadow(self, dataset: str, fm: str, *, if_match: str | None, who: str) -> FmRecord:
+        """Let no snapshot shadow the active one any more; nothing happens where none does.
+
+        Raises:
+            DasError: 412, the shadow was changed since if_match was read, or meanwhile.
+        """
+        owner = read_catalog(self._client).fm(dataset, fm)
+        seen = shadow_etag(owner)
+
+        def update(record: FmRecord) -> FmRecord:
+            refuse_race(record, if_match or seen, shadow_etag(record))
+            return without_shadow(record)
+
+        return self._change_fm(dataset, fm, update, who=who, what="end_shadow", snapshot_id=owner.shadow)
+
+    def retire(self, dataset: str, fm: str, snapshot_id: str, *, who: str) -> SnapshotRecord:
+        """Let a snapshot never score again, nor publish what it has in flight; again changes nothing.
+
+        Raises:
+            ConflictError: is_active or is_shadow.
+        """
+        before = read_catalog(self._client).snapshot(dataset, fm, snapshot_id).state
+        note = Note(
+            dataset=dataset, fm=fm, who=who, what="retire", snapshot_id=snapshot_id,
+            before={"state": before}, after={"state": "retired"},
+        )  # fmt: skip
+
+        def update(record: FmRecord | None) -> FmRecord:
+            return retired(_declared(record, dataset, fm), snapshot_id)
+
+        record = self._registry.change(fm_field(dataset, fm), FmRecord, update, note=lambda _: note)
+        self._withdrawing(dataset, record)
+        return read_catalog(self._client).snapshot(dataset, fm, snapshot_id)
+
+    def _stored(self, dataset: str, fm: str, snapshot_id: str) -> tuple[FmRecord, SnapshotRecord]:
+        """Give an FM's record and a snapshot's as it is stored: whether it is validated never changes back."""
+        catalog = read_catalog(self._client)
+        catalog.snapshot(dataset, fm, snapshot_id)
+        return catalog.fm(dataset, fm), catalog.snapshots[dataset][fm][snapshot_id]
+
+    def _change_fm(
+        self,
+        dataset: str,
+        fm: str,
+        update: Callable[[FmRecord], FmRecord],
+        *,
+        who: str,
+        what: AuditAction,
+        snapshot_id: str | None = None,
+    ) -> FmRecord:
+        """Change an FM's record. snapshot_id: what the audit log names, default the active one or the shadow."""
+
+        def note(record: FmRecord) -> Note:
+            named = record.shadow if what == "shadow" else record.active
+            return Note(dataset=dataset, fm=fm, who=who, what=what, snapshot_id=snapshot_id or named)
+
+        return self._registry.change(
+            fm_field(dataset, fm), FmRecord, lambda record: update(_declared(record, dataset, fm)), note=note
+        )
+
+    def _withdrawing(self, dataset: str, record: FmRecord) -> FmRecord:
+        """Let the server know the FM's generation, so that what is withdrawn publishes no more."""
+        partitions = read_catalog(self._client).spec(dataset).partitions
+        raise_generation(
+            self._client, dataset, partitions=partitions, fm=record.fm, generation=record.generation
+        )  # fmt: skip
         return record
 
 
-def activated(record: FmRecord, snapshot_id: str) -> FmRecord:
-    """Give the record with another active snapshot; going back to a former one raises the generation."""
-    if record.active == snapshot_id:
-        return record
-    former = record.was_active if record.active is None else (*record.was_active, record.active)
-    latest_last = tuple(dict.fromkeys(former[::-1]))[::-1]
-    changes: dict[str, object] = {"active": snapshot_id, "was_active": latest_last}
-    if snapshot_id in former:
-        changes["generation"] = record.generation + 1
-    return record.model_copy(update=changes)
-
-
-def active_etag(record: FmRecord) -> str:
-    """Give the entity tag of "which snapshot is active": another after every change of that, and only then."""
-    text = "/".join([record.fm, str(record.active), str(record.generation), *record.was_active])
-    return f'"{xxhash.xxh64_hexdigest(text.encode())}"'
-
-
-def _matches(if_match: str, etag: str) -> bool:
-    return if_match.strip() == "*" or etag in {tag.strip() for tag in if_match.split(",")}
+def _declared(record: FmRecord | None, dataset: str, fm: str) -> FmRecord:
+    if record is None:
+        raise UnknownNameError("FM", fm, f" of dataset {dataset!r}")
+    return record
 
 
 def _refuse_other_sha(stored: SnapshotRecord | None, sha256: str) -> None:
@@ -235,6 +335,8 @@ def declared_fm(catalog: Catalog, dataset: str, record: FmRecord) -> dict[str, o
         "outputs": None if record.outputs is None else record.outputs.model_dump(mode="json"),
         "active": record.active,
         "was_active": list(record.was_active),
+        "shadow": record.shadow,
+        "shadow_share": record.shadow_share,
         "trained_through": None if active is None else active.trained_through,
         "snapshots": list(record.snapshots),
     }

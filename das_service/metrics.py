@@ -69,6 +69,18 @@ class Metrics:
             "das_fm_wasted_rows", "Rows that a model was run on in vain: another worker or snapshot had them.",
             ["dataset", "fm"], registry=registry,
         )  # fmt: skip
+        self.shadow_rows = Counter(
+            "das_shadow_rows", "Rows for the shadow: scored, skipped (it is behind, or ended), failed.",
+            ["dataset", "fm", "result"], registry=registry,
+        )  # fmt: skip
+        self.publish_gap_seconds = Histogram(
+            "das_publish_gap_seconds", "Time in which rows waited and nothing was published, up to each publish.",
+            ["dataset", "fm"], buckets=_STAGE_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.switch_gap_seconds = Gauge(
+            "das_switch_gap_seconds", "The same time before the first publish of the snapshot at work.",
+            ["dataset", "fm"], registry=registry,
+        )  # fmt: skip
         self.unreadable_entries = Counter(
             "das_fm_unreadable_entries", "Entries that no worker can read; the sink keeps them in dead_chunks.",
             ["dataset", "fm"], registry=registry,

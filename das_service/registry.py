@@ -6,18 +6,20 @@ own, and a server whose revision is behind it has been rewound.
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
 import redis
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
+from das_service.audit import AUDIT_ENTRIES, Note, entry_text
 from das_service.errors import ConflictError, UnavailableError, UnknownNameError
 from das_service.folder import Folder
 from das_service.redis_client import run_script
 from schemas import keys
 from schemas.dataset import DatasetSpec
+from schemas.gates import GateReport
 from schemas.snapshot import OutputColumns
 
 COPY = "_das/registry.json"
@@ -30,13 +32,21 @@ class _Record(BaseModel):
 
 
 class FmRecord(_Record):
-    """A declared FM. snapshots: ids in the order of registration; their place is the number in online values."""
+    """A declared FM. snapshots: ids in the order of registration; their place is the number in online values.
+
+    What may score is decided in this one record, so that no two decisions can contradict each other. shadow scores
+    shadow_share of the examples beside the active one.
+    """
 
     fm: str
     required: bool
     outputs: OutputColumns | None = None
     active: str | None = None
     was_active: tuple[str, ...] = ()
+    shadow: str | None = None
+    shadow_share: float = 0.0
+    retired: tuple[str, ...] = ()
+    activations: int = 0
     generation: int = 0
     snapshots: tuple[str, ...] = ()
 
@@ -49,7 +59,7 @@ class FmRecord(_Record):
 class SnapshotRecord(_Record):
     """A registered snapshot. sha256 is that of its snapshot.json, which names the others'.
 
-    Stored states are validating, validated, rejected and retired; active is what the FM's record names.
+    Stored states are validating, validated and rejected; what is active, shadow or retired the FM's record says.
     """
 
     snapshot_id: str
@@ -60,6 +70,7 @@ class SnapshotRecord(_Record):
     trained_through: datetime | None = None
     registered_at: datetime
     validator: str | None = None
+    gate: GateReport | None = None
 
 
 class Catalog(BaseModel):
@@ -95,7 +106,7 @@ class Catalog(BaseModel):
         return record
 
     def snapshot(self, dataset: str, fm: str, snapshot_id: str) -> SnapshotRecord:
-        """Give a snapshot's record, with `active` where its FM's record says so.
+        """Give a snapshot's record, with the state `active`, `shadow` or `retired` where its FM's record says so.
 
         Raises:
             UnknownNameError: The dataset, the FM or the snapshot is not declared.
@@ -104,13 +115,21 @@ class Catalog(BaseModel):
         record = self.snapshots.get(dataset, {}).get(fm, {}).get(snapshot_id)
         if record is None:
             raise UnknownNameError("snapshot", snapshot_id, f" of FM {fm!r}")
-        return record.model_copy(update={"state": "active"}) if owner.active == snapshot_id else record
+        return record.model_copy(update={"state": _state(owner, record)})
 
     def iter_fms(self) -> Iterator[tuple[str, FmRecord]]:
         """Give (dataset, FM record) pairs."""
         for dataset, fms in self.fms.items():
             for record in fms.values():
                 yield dataset, record
+
+
+def _state(owner: FmRecord, record: SnapshotRecord) -> SnapshotState:
+    if owner.active == record.snapshot_id:
+        return "active"
+    if owner.shadow == record.snapshot_id:
+        return "shadow"
+    return "retired" if record.snapshot_id in owner.retired else record.state
 
 
 def read_catalog(client: redis.Redis) -> Catalog:
@@ -152,10 +171,18 @@ class Registry:
         self._client = client
         self._folder = folder
 
-    def change(self, field: str, model: type[_R], update: Callable[[_R | None], _R]) -> _R:
+    def change(
+        self,
+        field: str,
+        model: type[_R],
+        update: Callable[[_R | None], _R],
+        *,
+        note: Callable[[_R], Note] | None = None,
+    ) -> _R:
         """Give the record that `update` makes of the stored one, once it is stored and copied.
 
-        `update` may be called again when somebody else was faster; what it raises goes to the caller.
+        `update` may be called again when somebody else was faster; what it raises goes to the caller. note: what the
+        audit log says of the change, in the same atomic step.
 
         Raises:
             ConflictError: Others keep changing the record.
@@ -166,7 +193,9 @@ class Registry:
             wanted = update(stored)
             if stored is not None and wanted == stored:
                 return wanted
-            if run_script(self._client, "swap", [keys.REGISTRY], [field, text, wanted.model_dump_json()]) >= 0:
+            arguments: list[str | bytes | int] = [field, text, wanted.model_dump_json()]
+            arguments += _audit_arguments(None if note is None else note(wanted), stored, wanted)
+            if run_script(self._client, "swap", [keys.REGISTRY], arguments) >= 0:
                 self.copy()
                 return wanted
         raise ConflictError(f"{field} is being changed by others all the time; try again", code="busy")
@@ -201,6 +230,12 @@ class Registry:
                 "run `das recover`",
                 code=code,
             )
+
+
+def _audit_arguments(note: Note | None, stored: BaseModel | None, wanted: BaseModel) -> list[str | bytes | int]:
+    if note is None:
+        return []
+    return [note.prefix, entry_text(note, stored, wanted, at=datetime.now(UTC)), AUDIT_ENTRIES]
 
 
 def dataset_field(dataset: str) -> str:

@@ -27,9 +27,11 @@ from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake
 from fm_inference.engine import Prepared, Scored, TorchEngine
 from fm_inference.outputs import ModelOutputError
+from fm_inference.pace import PublishPace
 from fm_inference.poison import RowsFailedError, resume_attempt, try_rows
 from fm_inference.publishing import Outcome, Published, Publisher, publish
 from fm_inference.rows import NewerSpecError, Rows, read_rows
+from fm_inference.shadow import Shadower
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import EntryError
@@ -37,6 +39,7 @@ from schemas.entries import EntryError
 log = logging.getLogger("das.worker")
 _BLOCK_MS = 500
 _RETRY_SECONDS = 0.2
+_LOOK_SECONDS = 0.005
 _T = TypeVar("_T")
 
 
@@ -89,16 +92,22 @@ def refusal(client: redis.Redis, tables: Folder, dataset: str) -> str:
 
 
 class Lane:
-    """Scores one FM's examples until the role stops. `loaded`, `halted` and `peers` are set by the worker.
+    """Scores one FM's examples until the role stops. `loaded`, `former`, `halted` and `peers` are set by the worker.
 
+    former: what was at work before, kept warm for a roll-back.
     busy_since: when the device thread took the batch that it is at (monotonic seconds), None when it waits for one.
     """
 
-    def __init__(self, context: RoleContext, *, dataset: str, fm: str, partitions: int) -> None:
+    def __init__(
+        self, context: RoleContext, *, dataset: str, fm: str, partitions: int, hurry: Callable[[], None] = lambda: None
+    ) -> None:
+        """Make it; nothing runs yet. hurry: lets the worker look at once, since what is loaded was withdrawn."""
         self._context = context
+        self._hurry = hurry
         self.dataset = dataset
         self.fm = fm
         self.loaded: Loaded | None = None
+        self.former: Loaded | None = None
         self.halted = ""
         self.peers = Peers(by_instance={}, trust_absence=False)
         self.rows_scored = 0
@@ -113,6 +122,14 @@ class Lane:
             batch_rows=context.settings.batch_rows,
             count_unreadable=context.metrics.unreadable_entries.labels(dataset, fm).inc,
         )  # fmt: skip
+        self.shadower = Shadower(
+            context,
+            connect(context.settings, on_connect=self._check_logs),
+            dataset=dataset,
+            fm=fm,
+            partitions=partitions,
+        )
+        self._pace = PublishPace(context.metrics, dataset, fm)
         self._queue: queue.Queue[_Work] = queue.Queue(maxsize=1)
         self._stages = context.metrics.stage_seconds
         self._looked_at = 0.0
@@ -256,7 +273,8 @@ class Lane:
     def _score(self, work: _Work) -> None:
         deliveries = work.rows.deliveries
         if work.prepared is None:
-            self._score_suspect(work)
+            with self.shadower.held():
+                self._score_suspect(work)
             return
         try:
             scored = self._forward(work.loaded, work.prepared)
@@ -264,7 +282,8 @@ class Lane:
             log.warning("%s: the model failed on %d rows (%s)", self.name, work.prepared.num_rows, _line(error))
             work.loaded.engine.warm_up()  # a broken device raises here, which ends the process
             for i in range(len(deliveries)):
-                self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
+                with self.shadower.held():
+                    self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
             return
         outcomes = []
         for i, delivery in enumerate(deliveries):
@@ -329,9 +348,13 @@ class Lane:
         with self._timed("publish"):
             results = self._patiently(lambda: publish(self._client, loaded.publisher, outcomes))
         self._intake.finished(outcome.delivery for outcome in outcomes)
+        if Published.DONE in results:
+            self._pace.note(loaded.publisher.snapshot_id, [outcome.delivery.entry.taken_at_us for outcome in outcomes])
         for outcome, result in zip(outcomes, results, strict=True):
             if result is Published.DONE:
                 self.rows_scored += len(outcome.scored_rows)
+                if not outcome.delivery.suspect:
+                    self.shadower.offer(outcome.delivery.partition, outcome.columns, outcome.scored_rows)
                 if outcome.delivery.entry.trace:
                     log.debug("%s: %s, trace %s", self.name, outcome.delivery.key, outcome.delivery.entry.trace_id)
                 continue
@@ -339,8 +362,15 @@ class Lane:
             if result in {Published.LOST, Published.OTHER_EPOCH}:
                 self.halted = "the log does not agree with the tables; run `das recover`"
             self._intake.recheck()  # one that was not ours may have become so before we let go of it
-        if Published.WITHDRAWN in results:  # the worker is about to load what is active now
-            self._context.stopping.wait(_RETRY_SECONDS)
+        if Published.WITHDRAWN in results:
+            self._await_successor(loaded)
+
+    def _await_successor(self, withdrawn: Loaded) -> None:
+        """Give the worker a moment to put what is active now in the place of what was withdrawn."""
+        self._hurry()
+        deadline = time.monotonic() + _RETRY_SECONDS
+        while self.loaded is withdrawn and time.monotonic() < deadline:
+            self._context.stopping.wait(_LOOK_SECONDS)
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
         """Give what a call to the server gives, however often the server can't answer meanwhile.

@@ -13,7 +13,7 @@ import redis
 from numpy.typing import NDArray
 
 from das_service.logs.records import dead_log, scored_log
-from das_service.redis_client import ScriptCall, run_scripts, script
+from das_service.redis_client import ScriptCall, run_script, run_scripts, script
 from fm_inference.delivery import Delivery
 from fm_inference.engine import Scored
 from schemas import keys
@@ -21,6 +21,8 @@ from schemas.entries import encode_batch, head_fields
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.supervision import FAILED, OnlineLayout, online_layout, pack_values
 from schemas.tables import dead_schema
+
+IDENTITY = ("example_id", "example_digest", "event_time")
 
 
 class Published(IntEnum):
@@ -86,7 +88,8 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
     dataset, fm, partition = publisher.dataset, publisher.fm, outcome.delivery.partition
     failed_rows = np.array(sorted(outcome.failed), np.int64)
     scored, failed = _take(outcome.columns, outcome.scored_rows), _take(outcome.columns, failed_rows)
-    scored_head, scored_data = _scored_chunk(publisher, scored, outcome, scored_at_us)
+    trace = outcome.delivery.entry.trace
+    scored_head, scored_data = _scored_chunk(publisher, scored, outcome.scored, trace, scored_at_us)
     dead_head, dead_data = _dead_chunk(publisher, failed, outcome, scored_at_us)
     layout = publisher.layout
     values = pack_values(
@@ -123,10 +126,10 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
 
 
 def _scored_chunk(
-    publisher: Publisher, columns: pa.Table, outcome: Outcome, scored_at_us: int
+    publisher: Publisher, columns: pa.Table, scored: Scored, trace: Mapping[str, str], scored_at_us: int
 ) -> tuple[list[bytes | str], bytes]:
-    schema, scored = scored_schema(publisher.outputs), outcome.scored
-    arrays: list[Any] = [_one(columns, name) for name in ("example_id", "example_digest", "event_time")]
+    schema = scored_schema(publisher.outputs)
+    arrays: list[Any] = [_one(columns, name) for name in IDENTITY]
     arrays += [pa.array(scored.logits[task], pa.float32()) for task in publisher.outputs.tasks]
     for name, width in publisher.outputs.widths().items():
         packed = np.ascontiguousarray(scored.embeddings[name])
@@ -137,9 +140,35 @@ def _scored_chunk(
         "snapshot_id": publisher.snapshot_id,
         "trained_through": publisher.trained_through_us,
         "scored_at": scored_at_us,
-        **outcome.delivery.entry.trace,
+        **trace,
     }
     return head_fields(schema, num_rows=batch.num_rows, num_features=0, meta=meta), encode_batch(batch)
+
+
+def append_shadow(
+    client: redis.Redis, publisher: Publisher, partition: int, columns: pa.Table, scored: Scored, *, max_bytes: int
+) -> str:
+    """Append what a shadow said of some rows of a partition to the scored log; give why not, '' if it was.
+
+    max_bytes: what the partition's scored log may hold then.
+
+    Raises:
+        redis.exceptions.RedisError: The server can't be asked; it may have been appended.
+    """
+    head, data = _scored_chunk(publisher, columns, scored, {}, time.time_ns() // 1000)
+    dataset, log = publisher.dataset, scored_log(publisher.fm)
+    names = [
+        keys.log(dataset, partition, log),
+        keys.counters(dataset, partition),
+        keys.generation(dataset, partition, publisher.fm),
+    ]
+    arguments = [publisher.generation, publisher.epoch, log, max_bytes, data, *head]
+    code = int(run_script(client, "shadow", names, arguments))
+    refused = {
+        -1: "its generation is withdrawn", -2: "the scored log is lost", -3: "the log is in another epoch",
+        -4: "the sink is behind: the scored log is full",
+    }  # fmt: skip
+    return refused.get(code, "")
 
 
 def _dead_chunk(
@@ -149,7 +178,7 @@ def _dead_chunk(
     if not outcome.failed:
         return [], b""
     reasons = [outcome.failed[row] for row in sorted(outcome.failed)]
-    arrays = [_one(columns, name) for name in ("example_id", "example_digest", "event_time")]
+    arrays = [_one(columns, name) for name in IDENTITY]
     batch = pa.RecordBatch.from_arrays([*arrays, pa.array(reasons, pa.string())], schema=schema)
     meta = {
         "fm": publisher.fm,
@@ -162,7 +191,7 @@ def _dead_chunk(
 
 def _take(columns: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     """Give the rows' identity columns; without a copy where they lie side by side."""
-    identity = columns.select(["example_id", "example_digest", "event_time"])
+    identity = columns.select(list(IDENTITY))
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return identity.slice(int(rows[0]), len(rows))
     return identity.take(pa.array(rows)).combine_chunks()

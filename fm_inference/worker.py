@@ -5,9 +5,11 @@ thread runs new snapshots in a child process first.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -27,6 +29,7 @@ from fm_inference.engine import MACHINE_ERRORS, TorchEngine
 from fm_inference.lane import Lane, Loaded, Peers, refusal
 from fm_inference.publishing import Publisher, microseconds
 from fm_inference.repository import Repository
+from fm_inference.shadow import Shadow
 from fm_inference.validator import Machine, Validator
 
 log = logging.getLogger("das.worker")
@@ -34,6 +37,7 @@ _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
 _RETRY_LOAD_SECONDS = 5.0
 _STUCK_SECONDS = 120.0
+_GIVE_WAY_SECONDS = 0.0002
 
 
 class Worker:
@@ -49,16 +53,18 @@ class Worker:
         )
         probe = Registry(connect(settings), self._tables)
         registry = Registry(connect(settings, on_connect=probe.check), self._tables)
-        self._validator = Validator(registry, self._repository, machine)
+        self._validator = Validator(registry, self._repository, machine, self._tables)
         self._observer = Observer(dead_after_seconds=settings.dead_after_seconds)
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._failures: dict[tuple[str, str], tuple[float, str]] = {}
+        self._shadow_failures: dict[tuple[str, str], tuple[float, str]] = {}
         self._peers = Peers(by_instance={}, trust_absence=False)
         self._catalog: Catalog | None = None
         self._away = ""
         self._started_at = time.monotonic()
         self._dead: list[str] = []
         self._has_msetex: bool | None = None
+        self._changed = threading.Event()
 
     # ---- what others see
 
@@ -70,6 +76,12 @@ class Worker:
         found += list(self._stuck_lanes())
         found += [f"{dataset}/{fm}: {reason}" for (dataset, fm), (_, reason) in list(self._failures.items())]
         return found
+
+    def notices(self) -> list[str]:
+        """Give what is wrong and keeps no row from being scored: the troubles of shadows, in plain words."""
+        lanes = list(self._lanes.values())
+        found = [f"{lane.name}: {lane.shadower.problem}" for lane in lanes if lane.shadower.problem]
+        return found + [f"{dataset}/{fm}: {why}" for (dataset, fm), (_, why) in list(self._shadow_failures.items())]
 
     def _stuck_lanes(self) -> Iterator[str]:
         now = time.monotonic()
@@ -84,12 +96,13 @@ class Worker:
             lane.name: {
                 "snapshot": lane.loaded.publisher.snapshot_id if lane.loaded else None,
                 "device": str(lane.loaded.engine.device) if lane.loaded else None,
+                "shadow": lane.shadower.shadow.publisher.snapshot_id if lane.shadower.shadow else None,
                 "rows_scored": lane.rows_scored,
                 "halted": lane.halted,
             }
             for lane in list(self._lanes.values())
         }
-        return {"fms": sorted(lanes), "lanes": lanes, "problems": self.problems()}
+        return {"fms": sorted(lanes), "lanes": lanes, "problems": self.problems(), "notices": self.notices()}
 
     # ---- manager thread
 
@@ -113,7 +126,8 @@ class Worker:
                 self._away = f"the server or the tables' folder can't be used ({error})"
             except DasError as error:
                 self._away = error.detail
-            self._context.stopping.wait(_POLL_SECONDS)
+            self._changed.wait(_POLL_SECONDS)
+            self._changed.clear()
         self._join_lanes()
         self._repository.close()
         if self._dead:
@@ -143,8 +157,9 @@ class Worker:
         """Give the snapshots that score, or that shall."""
         found = []
         for (dataset, fm), lane in self._lanes.items():
-            active = catalog.fms.get(dataset, {}).get(fm)
-            wanted = {active.active if active else None, lane.loaded.publisher.snapshot_id if lane.loaded else None}
+            record = catalog.fms.get(dataset, {}).get(fm)
+            wanted = {lane.loaded.publisher.snapshot_id if lane.loaded else None}
+            wanted |= {record.active, record.shadow} if record else set()
             records = catalog.snapshots.get(dataset, {}).get(fm, {})
             found += [records[snapshot_id] for snapshot_id in wanted if snapshot_id in records]
         return found
@@ -158,12 +173,21 @@ class Worker:
             if (dataset, record.fm) not in self._lanes:
                 self._start_lane(self._catalog, dataset, record.fm)
             self._load(self._catalog, dataset, record, again=False)
+        for dataset, record in self._catalog.iter_fms():  # later: what scores for all comes first
+            if (dataset, record.fm) in self._lanes:
+                self._load_shadow(self._catalog, dataset, record)
 
     def _start_lane(self, catalog: Catalog, dataset: str, fm: str) -> None:
-        lane = Lane(self._context, dataset=dataset, fm=fm, partitions=catalog.spec(dataset).partitions)
+        partitions = catalog.spec(dataset).partitions
+        lane = Lane(self._context, dataset=dataset, fm=fm, partitions=partitions, hurry=self._changed.set)
         lane.peers = self._peers
         self._lanes[dataset, fm] = lane
-        for name, target in (("read", lane.read_until_stopped), ("score", lane.score_until_stopped)):
+        targets = {
+            "read": lane.read_until_stopped,
+            "score": lane.score_until_stopped,
+            "shadow": lane.shadower.score_until_stopped,
+        }
+        for name, target in targets.items():
             thread = threading.Thread(target=self._guard, args=(lane, target), name=f"{name} {lane.name}", daemon=True)
             lane.threads.append(thread)
             thread.start()
@@ -197,7 +221,7 @@ class Worker:
         epoch = logs.epoch if logs is not None else (lane.loaded.publisher.epoch if lane.loaded else None)
         if epoch is None:
             return
-        wanted = self._publisher(catalog, dataset, record, epoch)
+        wanted = self._publisher(catalog, dataset, record, record.active, epoch)
         if again or lane.loaded is None or lane.loaded.publisher.generation != wanted.generation:
             self._raise_generation(catalog, dataset, record)
         if lane.loaded is not None and (lane.loaded.publisher, lane.loaded.spec) == (wanted, catalog.spec(dataset)):
@@ -209,8 +233,47 @@ class Worker:
             log.warning("%s: %s", lane.name, self._failures[key][1])
             return
         self._failures.pop(key, None)
+        if lane.loaded is not None and lane.loaded.publisher.snapshot_id != record.active:
+            lane.former = lane.loaded
         lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
         log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
+
+    def _load_shadow(self, catalog: Catalog, dataset: str, record: FmRecord) -> None:
+        """Give the lane the shadow that the registry names, once an active snapshot is at work; failing is no trouble.
+
+        It takes the place of the former snapshot that is kept warm for a roll-back: no more than two are at rest.
+        One that ended is let go of at once; one that is activated hands its engine on (`_engine`).
+        """
+        lane, key, now = self._lanes[dataset, record.fm], (dataset, record.fm), time.monotonic()
+        shadower, loaded = lane.shadower, lane.loaded
+        if lane.former is not None and (record.shadow or lane.former.publisher.snapshot_id in record.retired):
+            lane.former = None
+        if record.shadow is None or loaded is None:
+            shadower.shadow, shadower.problem = None, ""
+            self._shadow_failures.pop(key, None)
+            return
+        failed_at, _ = self._shadow_failures.get(key, (-_RETRY_LOAD_SECONDS, ""))
+        wanted = self._publisher(catalog, dataset, record, record.shadow, loaded.publisher.epoch)
+        present = shadower.shadow
+        is_there = present is not None and (present.publisher, present.share) == (wanted, record.shadow_share)
+        if is_there or now - failed_at < _RETRY_LOAD_SECONDS:
+            return
+        try:
+            if present is None or present.publisher.snapshot_id != record.shadow:
+                shadower.shadow = None  # else the one before would score on, and take the memory, while this one loads
+                engine = self._load_engine(catalog, dataset, record.fm, record.shadow)
+            else:
+                engine = present.engine
+        except (SnapshotError, *MACHINE_ERRORS) as error:
+            why = f"snapshot {record.shadow} can't be loaded for the shadow: {error}"
+            self._shadow_failures[key] = (now, why)
+            log.warning("%s: %s", lane.name, why)
+            return
+        self._shadow_failures.pop(key, None)
+        shadower.shadow = Shadow(engine=engine, publisher=wanted, share=record.shadow_share)
+        log.info(
+            "%s: snapshot %s scores %.2f of the examples in the shadow", lane.name, record.shadow, record.shadow_share
+        )
 
     def _raise_generation(self, catalog: Catalog, dataset: str, record: FmRecord) -> None:
         """Let the server know the registry's generation: who raised that may have been cut, or the server rewound."""
@@ -222,14 +285,22 @@ class Worker:
     def _engine(self, catalog: Catalog, dataset: str, record: FmRecord, lane: Lane) -> TorchEngine:
         if lane.loaded is not None and lane.loaded.publisher.snapshot_id == record.active:
             return lane.loaded.engine
-        settings = self._context.settings
-        snapshot = catalog.snapshot(dataset, record.fm, record.active or "")
-        return self._repository.load(snapshot, device=settings.device, bf16=settings.bf16)
+        for warm in (lane.former, lane.shadower.shadow):
+            if warm is not None and warm.publisher.snapshot_id == record.active:
+                return warm.engine
+        lane.former = None  # two are at work while this one loads: a third might not fit
+        return self._load_engine(catalog, dataset, record.fm, record.active or "")
 
-    def _publisher(self, catalog: Catalog, dataset: str, record: FmRecord, epoch: int) -> Publisher:
-        snapshot = catalog.snapshot(dataset, record.fm, record.active or "")
+    def _load_engine(self, catalog: Catalog, dataset: str, fm: str, snapshot_id: str) -> TorchEngine:
+        settings = self._context.settings
+        snapshot = catalog.snapshot(dataset, fm, snapshot_id)
+        with _giving_way():
+            return self._repository.load(snapshot, device=settings.device, bf16=settings.bf16)
+
+    def _publisher(self, catalog: Catalog, dataset: str, record: FmRecord, snapshot_id: str, epoch: int) -> Publisher:
+        snapshot = catalog.snapshot(dataset, record.fm, snapshot_id)
         if record.outputs is None or snapshot.trained_through is None:
-            raise RuntimeError(f"{dataset}/{record.fm}: snapshot {record.active} is active and was never validated")
+            raise RuntimeError(f"{dataset}/{record.fm}: snapshot {snapshot_id} is at work and was never validated")
         return Publisher(
             dataset=dataset,
             fm=record.fm,
@@ -267,6 +338,17 @@ class Worker:
                 self._context.stopping.wait(_POLL_SECONDS)
             else:  # let the manager see the new revision before looking again
                 self._context.stopping.wait(2 * _POLL_SECONDS)
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let the lanes have the interpreter at once, as long as this lasts: each of their many calls would wait for it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_GIVE_WAY_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def main(settings: Settings) -> int:

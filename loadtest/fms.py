@@ -54,11 +54,14 @@ class ComputeBoundFM(nn.Module):
 FMS: dict[str, type[nn.Module]] = {"free": NearlyFreeFM, "compute_bound": ComputeBoundFM}
 
 
-def export(fm: str, folder: Path) -> Manifest:
-    """Write the FM as a snapshot folder, trained through the beginning of the workload; give its manifest."""
+def export(fm: str, folder: Path, *, snapshot_id: str = "s1", name: str | None = None) -> Manifest:
+    """Write the FM as a snapshot folder, trained through the beginning of the workload; give its manifest.
+
+    name: of the FM in the service, default the same.
+    """
     signature = Signature.model_validate(
         {
-            "fm": fm, "snapshot_id": "s1", "max_batch": MAX_BATCH, "dataset": SPEC,
+            "fm": name or fm, "snapshot_id": snapshot_id, "max_batch": MAX_BATCH, "dataset": SPEC,
             "inputs": [
                 {"tensor": "cat", "features": _named("category"), "encode": {"kind": "hash", "buckets": BUCKETS}},
                 {"tensor": "dense", "features": _named("float"), "encode": {"kind": "float"}},

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from schemas.gates import SnapshotGates
 from schemas.names import NAME_PATTERN, RESERVED_FEATURES
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -19,6 +20,7 @@ _GROWABLE = (
     "max_age_days",
     "online_ttl_seconds",
     "dedup_window_seconds",
+    "snapshot_gates",
 )
 
 
@@ -88,6 +90,7 @@ class DatasetSpec(BaseModel):
     allowed_lateness_seconds: Annotated[int, Field(ge=0, le=10 * 365 * 86_400)] = 300
     online_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
     dedup_window_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86_400)] = 604_800
+    snapshot_gates: SnapshotGates | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

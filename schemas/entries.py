@@ -8,6 +8,7 @@ Fields (names are one byte: they are stored with each entry):
     n  rows
     t  when the server took it, microseconds (received_at; available_at in a scored log)
     r  rows, and  b  bytes of data, of this log up to and including this entry
+    x  1 in what a shadow said: its rows are nobody's outcome and are not counted in r
     m  JSON about the whole chunk: a scored chunk's snapshot; `traceparent` of the request that brought it, if any
     d  the record batch as an Arrow IPC message without its schema
 """
@@ -72,6 +73,7 @@ class Entry:
     meta: dict[str, Any]
     fingerprint: str
     data: bytes
+    is_shadow: bool = False
 
     @property
     def trace(self) -> dict[str, str]:
@@ -144,6 +146,7 @@ def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
             meta=json.loads(fields[b"m"]),
             fingerprint=fields[b"s"].decode(),
             data=fields[b"d"],
+            is_shadow=b"x" in fields,
         )
     except (KeyError, ValueError) as error:
         if isinstance(error, EntryError):

@@ -12,7 +12,6 @@ import xxhash
 from numpy.typing import NDArray
 
 REGISTRY = "das:registry"
-REGISTRY_LOG = "das:registry:audit"
 BEATS = "das:beats"
 COMPACT = "das:compact"  # hash: dataset -> request of `das compact` that the sink has not met yet
 CLOSED_THROUGH = "das:closed-through"  # hash: dataset -> microseconds: what is closed later has a later closed_at

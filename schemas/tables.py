@@ -22,6 +22,7 @@ EXAMPLE_HASH = "_example_hash"
 LABEL_HASH = "_label_hash"
 LOG_ROW = "_log_row"
 EVENT_DAY = "event_day"
+IS_SHADOW = "_is_shadow"
 
 
 def supervision_table(fm: str) -> str:
@@ -100,7 +101,10 @@ def closed_table_schema(spec: DatasetSpec) -> pa.Schema:
 
 
 def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:
-    """Give the schema of `supervision/<fm>`; columns are named as in lookups, without the FM's prefix."""
+    """Give the schema of `supervision/<fm>`; columns are named as in lookups, without the FM's prefix.
+
+    _is_shadow: what a snapshot said beside the active one; null is false. Such rows lie in files of their own.
+    """
     head = [
         pa.field("example_id", pa.string()),
         pa.field("event_time", TIMESTAMP),
@@ -116,7 +120,7 @@ def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:
         pa.field(name, pa.binary(), metadata={"codec": codec, "size": json.dumps(size)})
         for name, (size, codec) in outputs.embeddings.items()
     ]
-    return pa.schema([*head, *logits, *vectors, pa.field(EXAMPLE_HASH, pa.int64())])
+    return pa.schema([*head, *logits, *vectors, pa.field(EXAMPLE_HASH, pa.int64()), pa.field(IS_SHADOW, pa.bool_())])
 
 
 def dead_letters_table_schema() -> pa.Schema:

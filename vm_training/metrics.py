@@ -9,6 +9,8 @@ are the caller's to leave out.
 import numpy as np
 import numpy.typing as npt
 
+from schemas.evaluation import fit_of
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -19,10 +21,7 @@ def normalized_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         ValueError: There are no rows, the labels are of one class (H is 0), a label is not 0 or 1, a logit is NaN, or
             the shapes differ.
     """
-    logit, label = _rows(logits, labels)
-    rate = _positive_rate(label)
-    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-    return float(log_loss(logit, label) / entropy)
+    return fit_of(*_rows(logits, labels)).normalized_entropy
 
 
 def log_loss(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -31,8 +30,8 @@ def log_loss(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Raises:
         ValueError: There are no rows, a label is not 0 or 1, a logit is NaN, or the shapes differ.
     """
-    logit, label = _rows(logits, labels)
-    return float(np.mean(np.logaddexp(0.0, np.where(label == 1, -logit, logit))))
+    fit = fit_of(*_rows(logits, labels))
+    return fit.loss / fit.rows
 
 
 def auc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -62,12 +61,7 @@ def calibration(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Raises:
         ValueError: There are no rows or no positive label, a label is not 0 or 1, a logit is NaN, or the shapes differ.
     """
-    logit, label = _rows(logits, labels)
-    if not label.any():
-        raise ValueError("calibration needs a positive label, there is none")
-    small = np.exp(-np.abs(logit))
-    prediction = np.where(logit >= 0, 1.0, small) / (1.0 + small)
-    return float(prediction.sum() / label.sum())
+    return fit_of(*_rows(logits, labels)).calibration
 
 
 def _positive_rate(label: Floats) -> float:

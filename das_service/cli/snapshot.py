@@ -1,5 +1,6 @@
 """`das fm` and `das snapshot`: who scores, and with which weights."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,13 @@ from das_service.cli.output import (
 
 fm_app = typer.Typer(cls=PlainGroup, no_args_is_help=True, help="Declare FMs and look at them.")
 snapshot_app = typer.Typer(
-    cls=PlainGroup, no_args_is_help=True, help="Publish an FM's snapshots, switch between them, roll back."
+    cls=PlainGroup,
+    no_args_is_help=True,
+    help="Publish an FM's snapshots, switch between them, try them in the shadow, roll back, retire.",
 )
 Dataset = Annotated[str, typer.Argument(help="Name of the dataset.")]
 Fm = Annotated[str, typer.Argument(help="Name of the FM.")]
+IfMatch = Annotated[str | None, typer.Option("--if-match", help="ETag that must still hold; default: what it is now.")]
 SnapshotId = Annotated[str, typer.Argument(help="Id of the snapshot.")]
 
 
@@ -154,8 +158,8 @@ def list_snapshots(dataset: Dataset, fm: Fm, url: Url = None, as_json: AsJson = 
 
 
 @snapshot_app.command("show")
-def show(dataset: Dataset, fm: Fm, snapshot_id: SnapshotId, url: Url = None) -> None:
-    """Print a snapshot as JSON: state, reasons, trained_through.
+def show(dataset: Dataset, fm: Fm, snapshot_id: SnapshotId, url: Url = None, as_json: AsJson = False) -> None:  # noqa: ARG001 - it is JSON anyway
+    """Print a snapshot as JSON: state, reasons, trained_through, how it did on recent labelled examples.
 
     Example: das snapshot show ads teacher s7
     """
@@ -170,10 +174,9 @@ def activate(
     dataset: Dataset,
     fm: Fm,
     snapshot_id: SnapshotId,
-    if_match: Annotated[
-        str | None, typer.Option("--if-match", help="ETag that must still hold; default: what it is now.")
-    ] = None,
+    if_match: IfMatch = None,
     url: Url = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let a validated snapshot score from now on, with no pause.
 
@@ -182,8 +185,8 @@ def activate(
     from das_service.client import Client
 
     with Client(url) as client:
-        client.activate_snapshot(dataset, fm, snapshot_id, if_match=if_match)
-    say(f"snapshot {snapshot_id} of FM {fm} is active")
+        answer = client.activate_snapshot(dataset, fm, snapshot_id, if_match=if_match)
+    _say_done(answer, f"snapshot {snapshot_id} of FM {fm} is active", as_json=as_json)
 
 
 @snapshot_app.command("rollback")
@@ -191,7 +194,9 @@ def rollback(
     dataset: Dataset,
     fm: Fm,
     to: Annotated[str | None, typer.Option("--to", help="Snapshot to go back to; default: the one before.")] = None,
+    if_match: IfMatch = None,
     url: Url = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go back to the snapshot that was active before; the present one can publish nothing any more.
 
@@ -201,16 +206,86 @@ def rollback(
 
     with Client(url) as client:
         present, etag = client.active(dataset, fm)
-        wanted = to or _former(client.get_fm(dataset, fm), present)
-        client.activate_snapshot(dataset, fm, wanted, if_match=etag)
-    say(f"snapshot {wanted} of FM {fm} is active again (before: {present})")
+        etag = if_match or etag
+        if to is None:
+            answer = client.roll_back_snapshot(dataset, fm, if_match=etag)
+        else:
+            answer = client.activate_snapshot(dataset, fm, to, if_match=etag)
+    said = f"snapshot {answer.get('snapshot_id')} of FM {fm} is active again (before: {present})"
+    _say_done(answer, said, as_json=as_json)
 
 
-def _former(fm: dict[str, Any], present: str | None) -> str:
-    former = [snapshot_id for snapshot_id in fm.get("was_active") or [] if snapshot_id != present]
-    if not former:
-        raise InputError(f"FM {fm.get('fm')} had no other active snapshot before; name one with --to")
-    return str(former[-1])
+@snapshot_app.command("shadow")
+def shadow(
+    dataset: Dataset,
+    fm: Fm,
+    snapshot_id: Annotated[str | None, typer.Argument(help="Id of the snapshot; none: say which one it is.")] = None,
+    share: Annotated[float, typer.Option("--share", help="Share of the examples that it scores, above 0 to 1.")] = 0.1,
+    end: Annotated[bool, typer.Option("--end", help="Let none shadow the active snapshot any more.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a validated snapshot score a share of the examples beside the active one. Its answers are kept, not served.
+
+    Example: das snapshot shadow ads teacher s8 --share 0.05
+    """
+    from das_service.client import Client
+
+    if end and snapshot_id is not None:
+        raise InputError("--end takes no snapshot: there is one shadow at most")
+    with Client(url) as client:
+        if end:
+            answer = client.end_shadow(dataset, fm)
+        elif snapshot_id is None:
+            answer = client.shadow(dataset, fm)
+        else:
+            answer = client.shadow_snapshot(dataset, fm, snapshot_id, share=share)
+    named = answer.get("snapshot_id")
+    said = f"FM {fm} has no shadow" if named is None else f"snapshot {named} of FM {fm} scores {answer['share']:.2%}"
+    _say_done(answer, said, as_json=as_json)
+
+
+@snapshot_app.command("retire")
+def retire(dataset: Dataset, fm: Fm, snapshot_id: SnapshotId, url: Url = None, as_json: AsJson = False) -> None:
+    """Let a snapshot never score again. What it said stays readable; workers unload it.
+
+    Example: das snapshot retire ads teacher s6
+    """
+    from das_service.client import Client
+
+    with Client(url) as client:
+        _say_snapshot(client.retire_snapshot(dataset, fm, snapshot_id), as_json=as_json)
+
+
+@snapshot_app.command("audit")
+def audit(dataset: Dataset, fm: Fm, url: Url = None, as_json: AsJson = False) -> None:
+    """List who changed what of an FM and its snapshots, the oldest first; the last 256 changes are kept.
+
+    Example: das snapshot audit ads teacher
+    """
+    from das_service.client import Client
+
+    with Client(url) as client:
+        entries = client.audit(dataset, fm)
+    if as_json:
+        say_json(entries)
+        return
+    rows = [
+        [e["at"], e["who"], e["what"], e["snapshot_id"], f"{_plain(e['before'])} -> {_plain(e['after'])}"]
+        for e in entries
+    ]
+    say_table(["at", "who", "what", "snapshot", "before -> after"], rows, empty=f"nothing is noted of FM {fm} yet")
+
+
+def _plain(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in fields.items()) or "nothing"
+
+
+def _say_done(answer: dict[str, Any], said: str, *, as_json: bool) -> None:
+    if as_json:
+        say_json(answer)
+    else:
+        say(said)
 
 
 def _say_snapshot(record: dict[str, Any], *, as_json: bool) -> None:

@@ -24,10 +24,10 @@ def build_view(state: Mapping[str, Any], former: Mapping[str, Any], *, seconds: 
 
 
 def _verdict(state: Mapping[str, Any]) -> str:
-    if state["ready"]:
-        return f"[bold green]ready[/]  {escape(str(state['url']))}"
-    lines = [f"[bold red]not ready[/]  {escape(str(state['url']))}"]
-    return "\n".join([*lines, *[f"  [red]![/] {escape(str(problem))}" for problem in state.get("problems", [])]])
+    word = "[bold green]ready[/]" if state["ready"] else "[bold red]not ready[/]"
+    lines = [f"{word}  {escape(str(state['url']))}"]
+    lines += [f"  [red]![/] {escape(str(problem))}" for problem in state.get("problems", [])]
+    return "\n".join([*lines, *[f"  [yellow]![/] {escape(str(notice))}" for notice in state.get("notices", [])]])
 
 
 def _roles(state: Mapping[str, Any]) -> RenderableType:

@@ -447,7 +447,7 @@ class Client:
 
         Raises:
             LostRaceError: Somebody else changed it since.
-            ConflictError: The snapshot is not validated.
+            ConflictError: The snapshot is not validated, or it is retired.
         """
         etag = if_match if if_match is not None else self.active(dataset, fm)[1]
         headers = {"If-Match": etag} if etag else {}
@@ -458,6 +458,48 @@ class Client:
             if if_match is None and self.active(dataset, fm)[0] == snapshot_id:
                 return {"snapshot_id": snapshot_id}  # our own first try, whose answer was lost
             raise
+
+    def roll_back_snapshot(self, dataset: str, fm: str, *, if_match: str | None = None) -> dict[str, Any]:
+        """Let the snapshot score that was active before the present one, which can publish nothing any more.
+
+        if_match: as in activate_snapshot.
+
+        Raises:
+            LostRaceError: Somebody else changed it since; look at it before you try again.
+            ConflictError: There is none to go back to.
+        """
+        etag = if_match if if_match is not None else self.active(dataset, fm)[1]
+        path = path_of("datasets", dataset, "fms", fm, "rollback")
+        return self._json("POST", path, headers={"If-Match": etag} if etag else {})
+
+    def shadow(self, dataset: str, fm: str) -> dict[str, Any]:
+        """Give which snapshot scores beside the active one, and what share: snapshot_id (None: none), share."""
+        return self._json("GET", path_of("datasets", dataset, "fms", fm, "shadow"))
+
+    def shadow_snapshot(self, dataset: str, fm: str, snapshot_id: str, *, share: float = 0.1) -> dict[str, Any]:
+        """Let a validated snapshot score a share of the examples beside the active one; its answers are not served.
+
+        Raises:
+            ConflictError: It is not validated, or retired, or active, or there is no active one.
+        """
+        path = path_of("datasets", dataset, "fms", fm, "shadow")
+        return self._json("PUT", path, json={"snapshot_id": snapshot_id, "share": share})
+
+    def end_shadow(self, dataset: str, fm: str) -> dict[str, Any]:
+        """Let no snapshot score beside the active one any more."""
+        return self._json("DELETE", path_of("datasets", dataset, "fms", fm, "shadow"))
+
+    def retire_snapshot(self, dataset: str, fm: str, snapshot_id: str) -> dict[str, Any]:
+        """Let a snapshot never score again, and give it; what it said stays readable.
+
+        Raises:
+            ConflictError: It is the active one or the shadow.
+        """
+        return self._json("POST", path_of("datasets", dataset, "fms", fm, "snapshots", snapshot_id, "retire"))
+
+    def audit(self, dataset: str, fm: str) -> list[dict[str, Any]]:
+        """Give the last changes of an FM and its snapshots, the oldest first: at, who, what, before, after."""
+        return list(self._json("GET", path_of("datasets", dataset, "fms", fm, "audit"))["entries"])
 
     # ---- operations
 

@@ -15,6 +15,7 @@ from das_service.settings import Settings, SettingsError
 
 Scope = Literal["ingest", "read", "admin"]
 SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
+LOOPBACK = "loopback"
 
 
 class _TokenRecord(BaseModel):
@@ -30,6 +31,11 @@ class Tokens:
     """The tokens that this service knows; empty: there is no authentication."""
 
     records: tuple[_TokenRecord, ...]
+
+    def name_of(self, token: str) -> str:
+        """Give the name of a token that is known, '' of another."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        return next((record.name for record in self.records if hmac.compare_digest(record.sha256, digest)), "")
 
     def scopes_of(self, token: str) -> frozenset[Scope] | None:
         """Give what a token allows, None if it is not known. Every record is compared, in constant time."""
@@ -67,7 +73,7 @@ _bearer = HTTPBearer(auto_error=False, description="A token of DAS_TOKENS_FILE w
 
 
 class Needs:
-    """Dependency: the caller has this scope."""
+    """Dependency: the caller has this scope. `request.state.caller` then names it: its token, or LOOPBACK."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -81,6 +87,7 @@ class Needs:
             DasError: 401 without a known token, 403 without the scope.
         """
         tokens: Tokens = request.state.service.tokens
+        request.state.caller = LOOPBACK
         if not tokens.records:
             return
         scopes = None if credentials is None else tokens.scopes_of(credentials.credentials)
@@ -94,3 +101,11 @@ class Needs:
                 f"the token does not have the scope {self.scope!r}", code="forbidden", http_status=403,
                 extra={"www_authenticate": f'Bearer realm="das", error="insufficient_scope", scope="{self.scope}"'},
             )  # fmt: skip
+        if credentials is not None:
+            request.state.caller = tokens.name_of(credentials.credentials)
+
+
+async def caller_of(request: Request) -> str:
+    """Name who makes a request, once `Needs` has let it in: a dependency of routes that write it down."""
+    caller: str = request.state.caller
+    return caller

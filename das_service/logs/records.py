@@ -12,6 +12,7 @@ LABELS = "labels"
 DATASET_LOGS = (EXAMPLES, LABELS)
 LOGS_FORMAT = 1
 MARK_FORMAT = 1
+SHADOW_ROWS = "shadow_rows"
 
 
 def scored_log(fm: str) -> str:
@@ -61,6 +62,11 @@ class Mark:
     mended: int = 0
     diverted: int = 0
     numbers: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def outcome_rows(self) -> int:
+        """Rows less those of shadows, which are nobody's outcome."""
+        return self.rows - self.numbers.get(SHADOW_ROWS, 0)
 
     @property
     def epoch(self) -> int:

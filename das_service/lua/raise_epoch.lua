@@ -18,7 +18,7 @@ for i = 3, #ARGV do
   local rows = last and last['r'] or redis.call('HGET', KEYS[1], log .. '/rows') or '0'
   local bytes = last and last['b'] or redis.call('HGET', KEYS[1], log .. '/bytes') or '0'
   local first_rows, first_bytes = rows, bytes
-  if first and first['r'] then first_rows = string.format('%.0f', first['r'] - (first['n'] or 0)) end
+  if first and first['r'] then first_rows = string.format('%.0f', first['r'] - (first['x'] and 0 or first['n'] or 0)) end
   if first and first['b'] then first_bytes = string.format('%.0f', first['b'] - #(first['d'] or '')) end
   redis.call('HSET', KEYS[1], log .. '/last', '-1', log .. '/older', last and last.id or '', log .. '/rows', rows,
     log .. '/bytes', bytes, log .. '/first_rows', first_rows, log .. '/first_bytes', first_bytes)

@@ -37,7 +37,7 @@ if first[1] then
   local f = {}
   for i = 1, #first[1][2], 2 do f[first[1][2][i]] = first[1][2][i + 1] end
   local r, b = tonumber(f['r']), tonumber(f['b'])  -- nil in an entry that nobody can read
-  if r then rows = string.format('%.0f', r - (tonumber(f['n']) or 0)) end
+  if r then rows = string.format('%.0f', r - (f['x'] and 0 or tonumber(f['n']) or 0)) end
   if b then bytes = string.format('%.0f', b - #(f['d'] or '')) end
 end
 if rows then redis.call('HSET', KEYS[1], ARGV[1] .. '/first_rows', rows, ARGV[1] .. '/first_bytes', bytes) end

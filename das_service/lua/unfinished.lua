@@ -17,7 +17,7 @@ local function read(from, to, command)  -- the first of the next few entries tha
     if not found then return nil end
     local f = {}
     for i = 1, #found[2], 2 do f[found[2][i]] = found[2][i + 1] end
-    local r, n, b = tonumber(f['r']), tonumber(f['n']), tonumber(f['b'])
+    local r, n, b = tonumber(f['r']), f['x'] and 0 or tonumber(f['n']), tonumber(f['b'])
     if r and n and b and f['t'] then
       return {id = found[1], t = f['t'], r = r, n = n, b = b, d = #(f['d'] or '')}
     end

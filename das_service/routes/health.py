@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from das_service.routes.names import ServiceOf
-from das_service.watch.readiness import readiness_problems, write_probe
+from das_service.watch.readiness import readiness_problems, service_notices, write_probe
 
 router = APIRouter(tags=["health"])
 _PROBE_SECONDS = 2.0
@@ -33,7 +33,12 @@ async def get_ready(service: ServiceOf) -> JSONResponse:
         failure = await service.in_probe_thread(write_probe, service.ready)
     if failure is not None:
         problems = [failure, *problems]
-    body = {"ready": not problems, "problems": problems, "durability": service.settings.durability}
+    body = {
+        "ready": not problems,
+        "problems": problems,
+        "notices": service_notices(service.monitor.findings),
+        "durability": service.settings.durability,
+    }
     return JSONResponse(body, status_code=503 if problems else 200)
 
 

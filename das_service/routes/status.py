@@ -80,6 +80,7 @@ class Status(BaseModel):
     durability: str
     ready: bool
     problems: list[str]
+    notices: list[str] = Field(description="What is wrong and holds no row up: the troubles of shadows.")
     roles: list[RoleStatus]
     datasets: dict[str, DatasetStatus]
 

@@ -6,6 +6,7 @@ it in their place, and that commit is fenced as any other. The replaced files st
 
 import datetime as dt
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,10 +41,12 @@ class RowCountError(Exception):
 def choose_files(days: DayFiles, *, most_small_files: int, target_bytes: int) -> tuple[dt.date, list[DataFile]] | None:
     """Give an event day and the files of it to put together next; None when no day has too many small files.
 
-    Small is below half of the target. The smallest go first, so that a file is copied a few times at most.
+    Small is below half of the target. The smallest go first, so that a file is copied a few times at most. Files of
+    shadows are put together with their like.
     """
-    for day in sorted(days):
-        small = sorted((f for f in days[day] if f.size_bytes < target_bytes // 2), key=lambda f: f.size_bytes)
+    for day, is_shadow in product(sorted(days), (False, True)):
+        alike = (file for file in days[day] if file.is_shadow == is_shadow and file.size_bytes < target_bytes // 2)
+        small = sorted(alike, key=lambda file: file.size_bytes)
         if len(small) <= most_small_files:
             continue
         chosen: list[DataFile] = []
@@ -87,7 +90,7 @@ def compact_step(table: DurableTable, *, most_small_files: int, target_bytes: in
 
 
 def _copy_files(place: TablePlace, day: dt.date, files: Sequence[DataFile], schema: pa.Schema) -> AddAction:
-    name = new_name(day)
+    name = new_name(day, is_shadow=files[0].is_shadow)
     with removed_on_failure(place, [name]):
         return _copy_files_to(place, name, day, files, schema)
 

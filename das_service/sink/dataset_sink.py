@@ -7,7 +7,15 @@ from typing import Any
 
 import redis
 
-from das_service.logs.records import EXAMPLES, LABELS, LogsFile, dead_log, scored_log, table_of_log
+from das_service.logs.records import (
+    EXAMPLES,
+    LABELS,
+    SHADOW_ROWS,
+    LogsFile,
+    dead_log,
+    scored_log,
+    table_of_log,
+)
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.redis_client import UNREACHABLE
 from das_service.registry import Catalog, FmRecord
@@ -27,7 +35,7 @@ from das_service.tables.durable_table import DurableTable
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import Position
-from schemas.tables import dead_letters_table, supervision_table
+from schemas.tables import IS_SHADOW, dead_letters_table, supervision_table
 
 log = logging.getLogger("das.sink")
 _COMPACT_SECONDS = 2.0
@@ -166,6 +174,9 @@ class DatasetSink:
         return contents
 
     def _new_feed(self, kind: str, content: TableContent, logs: LogsFile) -> Feed:
+        numbers = [latest_name(partition) for partition in range(logs.partitions)] if kind == EXAMPLES else []
+        if IS_SHADOW in content.schema.names:
+            numbers.append(SHADOW_ROWS)
         table = DurableTable(
             self._work.folder,
             self.dataset,
@@ -173,7 +184,7 @@ class DatasetSink:
             schema=content.schema,
             partitions=logs.partitions,
             retention_hours=self._work.settings.retention_hours,
-            numbers=[latest_name(partition) for partition in range(logs.partitions)] if kind == EXAMPLES else (),
+            numbers=numbers,
         )
         return Feed(self._work, table, kind=kind, logs=logs, content=content)
 
@@ -262,7 +273,9 @@ class DatasetSink:
     def _fm_info(self, fm: str) -> dict[str, Any]:
         scored = self._feeds.get(scored_log(fm))
         return {
-            supervision_table(fm).partition("/")[0]: scored.table.state.rows if scored and scored.positions else 0,
+            supervision_table(fm).partition("/")[0]: scored.table.state.outcome_rows
+            if scored and scored.positions
+            else 0,
             dead_letters_table(fm).partition("/")[0]: self._num_failed(fm),
         }
 

@@ -54,6 +54,11 @@ class RawEntry:
         return parse_position(self.entry_id)
 
     @property
+    def is_shadow(self) -> bool:
+        """Whether a shadow said it: it is nobody's outcome."""
+        return b"x" in self.fields
+
+    @property
     def num_rows(self) -> int:
         """Rows that it says it has; 0 where that can't be read."""
         text = self.fields.get(b"n", b"")

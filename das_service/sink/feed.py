@@ -19,7 +19,7 @@ import redis
 from deltalake.exceptions import DeltaError
 
 from das_service.folder import Folder
-from das_service.logs.records import EXAMPLES, LABELS, LogsFile
+from das_service.logs.records import EXAMPLES, LABELS, SHADOW_ROWS, LogsFile
 from das_service.logs.streams import LogCounters, read_after, read_raw_after
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
@@ -28,6 +28,7 @@ from das_service.sink.commit_cut import Bounds, Cut, LogGapError, Waiting, refus
 from das_service.sink.compaction import compact_step
 from das_service.sink.dead_chunks import RawEntry, divert
 from das_service.sink.identity import Known, Verdict, settle_identity
+from das_service.sink.shadow_rows import outcomes_of, settle_shadows
 from das_service.sink.table_rows import NewerSchemaError, TableContent
 from das_service.sink.watermarks import mark_late
 from das_service.tables.duck import Duck
@@ -87,7 +88,7 @@ class Feed:
         self._burst_ended_at = 0
         self.has_older_epochs = logs.epoch > 1
         self._base: dict[int, tuple[int, int]] = {}
-        self._counted = dict.fromkeys(("rows", "duplicates", "conflicting"), 0)
+        self._counted = dict.fromkeys(("rows", "duplicates", "conflicting", "outcome_rows"), 0)
         self.other_outcomes: Feed | None = None
         self._vacuumed_at = time.monotonic()
 
@@ -117,11 +118,12 @@ class Feed:
             self.close()
         self._logs, self._content = logs, content
 
-    def known_rows(self, rows: pa.Table) -> Known:
+    def known_rows(self, rows: pa.Table, *, with_shadows: bool = False) -> Known:
         """Give what the table holds of the event days of these rows, at the version that the next commit builds on."""
         self._open()
         days = rows[EVENT_DAY].unique().cast(pa.int32()).to_pylist()
-        return self.table.known_rows(dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
+        event_days = (dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
+        return self.table.known_rows(event_days, with_shadows=with_shadows)
 
     def close(self) -> None:
         """Forget the loaded table: the next turn opens it again."""
@@ -282,12 +284,16 @@ class Feed:
                 verdict = self._settle(rows)
             with stage.labels("sink", "commit").time():
                 kept = rows_at(rows, verdict.kept)
+                outcomes = outcomes_of(kept)
+                if outcomes.num_rows < kept.num_rows:
+                    shadows = self.table.state.numbers.get(SHADOW_ROWS, 0) + kept.num_rows - outcomes.num_rows
+                    numbers = {**numbers, SHADOW_ROWS: shadows}
                 self.table.commit(
                     kept,
                     {partition: entry.position for partition, entry in taken},
                     duplicates=len(verdict.duplicate),
                     conflicting=len(verdict.conflicting),
-                    mended=self._count_mended(kept),
+                    mended=self._count_mended(outcomes),
                     numbers=numbers,
                 )
         for partition, entry in taken:
@@ -295,10 +301,14 @@ class Feed:
             if entry.trace:
                 log.debug("%s: %d/%s, trace %s", self._name, partition, entry.position.entry_id, entry.trace_id)
         self._count()
-        self._report_freshness(rows)
+        self._report_freshness(outcomes_of(rows))
 
     def _settle(self, rows: pa.Table) -> Verdict:
-        return settle_identity(rows, self.known_rows(rows), self._work.duck, self._content.key)
+        duck, key, outcomes = self._work.duck, self._content.key, outcomes_of(rows)
+        if outcomes.num_rows == rows.num_rows:
+            return settle_identity(rows, self.known_rows(rows), duck, key)
+        first = settle_identity(outcomes, self.known_rows(outcomes), duck, key)
+        return settle_shadows(rows, first, self.known_rows(rows, with_shadows=True), duck)
 
     def _count_mended(self, rows: pa.Table) -> int:
         """Give how many of these rows are of examples that have the FM's other outcome too, a score or a failure."""
@@ -340,7 +350,8 @@ class Feed:
             retention_hours=self._work.settings.retention_hours,
         )
         self._work.metrics.dead_chunks.labels(self.table.dataset, self.kind).inc()
-        self.table.commit(self._content.schema.empty_table(), {partition: position}, diverted=entry.num_rows)
+        diverted = 0 if entry.is_shadow else entry.num_rows
+        self.table.commit(self._content.schema.empty_table(), {partition: position}, diverted=diverted)
 
     def _note(self, error: Exception, now: float) -> None:
         """Say what went wrong, and when to try again; the table is opened anew."""
@@ -376,10 +387,10 @@ class Feed:
         elif name == LABELS:
             metrics.duplicate_labels.labels(dataset).inc(added["duplicates"])
         elif name == "supervision":
-            metrics.scored_rows.labels(dataset, fm).inc(added["rows"])
+            metrics.scored_rows.labels(dataset, fm).inc(added["outcome_rows"])
 
     def _report_freshness(self, rows: pa.Table) -> None:
-        if "trained_through" in rows.column_names:
+        if "trained_through" in rows.column_names and rows.num_rows:
             times = ["event_time", "trained_through", "scored_at"]
             newest = rows.slice(rows.num_rows - 1).select(times).to_pylist()[0]
             names, metrics = (self.table.dataset, self.table.table.partition("/")[2]), self._work.metrics

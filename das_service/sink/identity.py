@@ -24,11 +24,12 @@ from schemas.tables import EVENT_DAY, EXAMPLE_HASH, LABEL_HASH
 CONTENT_HASH = "content_hash"
 Known: TypeAlias = "Sequence[str] | pads.Dataset"
 Int64s: TypeAlias = NDArray[np.int64]
-_HITS = "SELECT DISTINCT k.{hash} FROM {source} k SEMI JOIN asked a ON k.{hash} = a.{hash}"
+_HITS = "SELECT DISTINCT k.{hash} FROM {source} k SEMI JOIN asked a ON k.{hash} = a.{hash}{only}"
 _STORED = (
     "SELECT a.row, k.{time} AS time{content} FROM {source} k JOIN asked a ON k.{hash} = a.{hash} "  # noqa: S608
-    f"AND k.example_id = a.example_id AND k.{EVENT_DAY} = a.{EVENT_DAY}"
+    f"AND k.example_id = a.example_id AND k.{EVENT_DAY} = a.{EVENT_DAY}{{only}}"
 )
+_ONLY = " WHERE k.snapshot_id = $snapshot"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +53,10 @@ class Verdict:
     conflicting: Int64s
 
 
-def settle_identity(rows: pa.Table, known: Known, duck: Duck, key: Key = EXAMPLE) -> Verdict:
-    """Give which rows enter the table.
+def settle_identity(
+    rows: pa.Table, known: Known, duck: Duck, key: Key = EXAMPLE, *, of_snapshot: str | None = None
+) -> Verdict:
+    """Give which rows enter the table. of_snapshot: of what is known only this snapshot's rows count.
 
     rows: in log order, with example_id, event_day, the key's time and hash, and content_hash or not.
     known: Parquet files (or, off this machine, a dataset) of the event days that rows touch; event_day is in the path.
@@ -63,7 +66,7 @@ def settle_identity(rows: pa.Table, known: Known, duck: Duck, key: Key = EXAMPLE
     contents = rows[CONTENT_HASH].to_numpy() if CONTENT_HASH in rows.column_names else None
     winner_times = times[first]
     winner_contents = None if contents is None else contents[first]
-    stored = _stored(rows, first, known, duck, key, with_content=contents is not None)
+    stored = _stored(rows, first, known, duck, key, with_content=contents is not None, of_snapshot=of_snapshot)
     numbers = np.arange(len(first))
     kept = first == numbers
     if stored is not None and stored.num_rows:
@@ -103,7 +106,14 @@ def first_of_key(rows: pa.Table, key: Key) -> Int64s:
 
 
 def _stored(
-    rows: pa.Table, first: Int64s, known: Known, duck: Duck, key: Key, *, with_content: bool
+    rows: pa.Table,
+    first: Int64s,
+    known: Known,
+    duck: Duck,
+    key: Key,
+    *,
+    with_content: bool,
+    of_snapshot: str | None,
 ) -> pa.Table | None:
     """Give (row, event_time, content_hash) of the rows whose example the table has; None if it has none.
 
@@ -119,17 +129,19 @@ def _stored(
     with duck.cursor() as cursor:
         if isinstance(known, pads.Dataset):
             cursor.register("known", known)
-            source, parameters = "known", {}
+            source, parameters = "known", dict[str, object]()
         else:
             source = "read_parquet($files, hive_partitioning = true, hive_types = {'event_day': DATE})"
             parameters = {"files": list(known)}
+        only = "" if of_snapshot is None else _ONLY
+        parameters |= {} if of_snapshot is None else {"snapshot": of_snapshot}
         cursor.register("asked", asked)
-        hits = cursor.sql(_HITS.format(source=source, hash=key.hash), params=parameters).to_arrow_table()
+        hits = cursor.sql(_HITS.format(source=source, hash=key.hash, only=only), params=parameters).to_arrow_table()
         if hits.num_rows == 0:
             return None
         cursor.register("asked", asked.filter(pc.is_in(asked[key.hash], hits[key.hash].combine_chunks())))
         content = f", k.{CONTENT_HASH}" if with_content else ""
-        stored = _STORED.format(source=source, content=content, hash=key.hash, time=key.time)
+        stored = _STORED.format(source=source, content=content, hash=key.hash, time=key.time, only=only)
         return cursor.sql(stored, params=parameters).to_arrow_table()
 
 

@@ -322,7 +322,7 @@ class Rescorer:
 
 
 def _of_day(reader: TableReader, day: dt.date) -> Known:
-    return reader.rows_of(reader.days.get(day, []))
+    return reader.rows_of(file for file in reader.days.get(day, []) if not file.is_shadow)
 
 
 def _has_files(files: Known) -> bool:

@@ -143,9 +143,9 @@ class DurableTable:
         self._load(replace(self.state, version=self.delta.version()))
         self._make_durable(self.state.version - 1)
 
-    def known_rows(self, event_days: Iterable[dt.date]) -> Sequence[str] | pads.Dataset:
+    def known_rows(self, event_days: Iterable[dt.date], *, with_shadows: bool = False) -> Sequence[str] | pads.Dataset:
         """Give what the rows of these event days are read from, at the version that the next commit builds on."""
-        return known_rows(self.place, self._days, event_days)
+        return known_rows(self.place, self._days, event_days, with_shadows=with_shadows)
 
     def commit(
         self,

@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from das_service.folder import Folder, fsync_path, make_directory
-from schemas.tables import EVENT_DAY, EXAMPLE_HASH
+from schemas.tables import EVENT_DAY, EXAMPLE_HASH, IS_SHADOW
 
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 CHECKPOINT_COMMITS = 25  # reading 100 commits again at each one takes twice as long as a checkpoint does
 PARQUET = {"compression": "zstd", "compression_level": 1}
 _MOST_RUNS = 200
+_SHADOW_FILE = "shadow-"
 _DISTINCT = frozenset({"example_id", "event_time", "content_hash", EXAMPLE_HASH})
 WITH_BOUNDS = (
     "event_time", "label_time", "received_at", "available_at", "closed_at", "log_position", "ready_seq",
@@ -62,6 +63,11 @@ class DataFile:
     num_rows: int
     first_position: int | None = None
     last_position: int | None = None
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether it holds what shadows said, and nothing else: readers leave it out unless they ask for it."""
+        return self.path.rpartition("/")[2].startswith(_SHADOW_FILE)
 
 
 DayFiles = Mapping[dt.date, list[DataFile]]
@@ -193,15 +199,20 @@ class TableReader:
         return _readable(self._place, paths, self.schema())
 
 
-def file_paths(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] | None = None) -> list[str]:
-    """Give the full paths of the files of these event days, default all."""
+def file_paths(
+    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] | None = None, *, with_shadows: bool = False
+) -> list[str]:
+    """Give the full paths of the files of these event days, default all; those of shadows only where asked for."""
     wanted = sorted(days) if event_days is None else sorted(set(event_days))
-    return [f"{place.root}/{file.path}" for day in wanted for file in days.get(day, [])]
+    found = (file for day in wanted for file in days.get(day, []))
+    return [f"{place.root}/{file.path}" for file in found if with_shadows or not file.is_shadow]
 
 
-def known_rows(place: TablePlace, days: DayFiles, event_days: Iterable[dt.date]) -> list[str] | pads.Dataset:
+def known_rows(
+    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date], *, with_shadows: bool = False
+) -> list[str] | pads.Dataset:
     """Give what DuckDB reads these event days from: file paths, or off this machine a dataset that pyarrow reads."""
-    return _readable(place, file_paths(place, days, event_days), None)
+    return _readable(place, file_paths(place, days, event_days, with_shadows=with_shadows), None)
 
 
 def _readable(place: TablePlace, paths: list[str], schema: pa.Schema | None) -> list[str] | pads.Dataset:
@@ -219,14 +230,30 @@ def _readable(place: TablePlace, paths: list[str], schema: pa.Schema | None) -> 
 
 
 def write_files(place: TablePlace, rows: pa.Table) -> list[AddAction]:
-    """Write rows into one new file per event day, fsynced on a folder, and give the actions that add them."""
+    """Write rows into one new file per event day, fsynced on a folder, and give the actions that add them.
+
+    What shadows said goes to files of its own, so that nobody reads it who does not ask for it.
+    """
     added: list[AddAction] = []
     names: list[str] = []
     with removed_on_failure(place, names):
-        for day, part in _iter_days(rows):
-            names.append(new_name(day))
-            added.append(_write_file(place, names[-1], day, part))
+        for is_shadow, some in _iter_shadows_apart(rows):
+            for day, part in _iter_days(some):
+                names.append(new_name(day, is_shadow=is_shadow))
+                added.append(_write_file(place, names[-1], day, part))
     return added
+
+
+def _iter_shadows_apart(rows: pa.Table) -> Iterator[tuple[bool, pa.Table]]:
+    """Give the rows that are no shadow's (False), then those that are (True); neither where there are none."""
+    if IS_SHADOW not in rows.column_names:
+        yield False, rows
+        return
+    is_shadow = pc.fill_null(rows[IS_SHADOW], False).to_numpy()  # noqa: FBT003 - what null is
+    for wanted in (False, True):
+        numbers = np.flatnonzero(is_shadow == wanted)
+        if len(numbers):
+            yield wanted, rows_at(rows, numbers)
 
 
 @contextlib.contextmanager
@@ -241,9 +268,10 @@ def removed_on_failure(place: TablePlace, names: Sequence[str]) -> Iterator[None
         raise
 
 
-def new_name(day: dt.date) -> str:
+def new_name(day: dt.date, *, is_shadow: bool = False) -> str:
     """Give the name of a new file of an event day."""
-    return f"{EVENT_DAY}={day.isoformat()}/part-{uuid.uuid4()}.parquet"
+    kind = _SHADOW_FILE if is_shadow else "part-"
+    return f"{EVENT_DAY}={day.isoformat()}/{kind}{uuid.uuid4()}.parquet"
 
 
 def _iter_days(rows: pa.Table) -> Iterator[tuple[dt.date, pa.Table]]:

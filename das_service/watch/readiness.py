@@ -67,6 +67,16 @@ def _told_by_peers(findings: Findings) -> list[str]:
     ]
 
 
+def service_notices(findings: Findings) -> list[str]:
+    """Give what living processes say is wrong and keeps no row from being taken, scored or committed."""
+    return [
+        f"{peer.role} {peer.instance}: {notice}"
+        for peer in findings.peers.values()
+        if peer.alive
+        for notice in peer.info.get("notices", ())
+    ]
+
+
 def write_probe(client: redis.Redis) -> str | None:
     """Write to the server now; give why that failed, None if it did not."""
     try:

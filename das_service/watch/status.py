@@ -30,7 +30,7 @@ from das_service.metrics import package_version
 from das_service.registry import Catalog, FmRecord
 from das_service.settings import Settings
 from das_service.watch.monitor import Findings
-from das_service.watch.readiness import readiness_problems
+from das_service.watch.readiness import readiness_problems, service_notices
 from schemas import keys
 from schemas.tables import CLOSED, LATE_LABELS
 
@@ -46,6 +46,7 @@ def service_status(findings: Findings, settings: Settings, *, now: float) -> dic
         "durability": settings.durability,
         "ready": not problems,
         "problems": problems,
+        "notices": service_notices(findings),
         "roles": roles(findings),
     }
 
@@ -186,7 +187,7 @@ def _fm_status(catalog: Catalog, dataset: str, record: FmRecord, look: _Look, no
     fm, work = record.fm, look.unfinished[record.fm]
     active = catalog.snapshots.get(dataset, {}).get(fm, {}).get(record.active or "")
     scored_mark, dead_mark = look.marks[scored_log(fm)], look.marks[dead_log(fm)]
-    scored, diverted = scored_mark.rows, scored_mark.diverted + dead_mark.diverted
+    scored, diverted = scored_mark.outcome_rows, scored_mark.diverted + dead_mark.diverted
     failed = max(0, dead_mark.rows - dead_mark.mended - scored_mark.mended)
     pending = look.waiting[scored_log(fm)].rows + look.waiting[dead_log(fm)].rows + work.rows
     planned = look.num_planned(fm)

@@ -116,8 +116,8 @@ def test_an_fm_is_declared_with_logs_and_groups_at_the_present_end(api: Api, sto
 
     assert answer.status_code == 201
     assert answer.json() == {
-        "fm": "f", "required": True, "outputs": None, "active": None, "was_active": [], "trained_through": None,
-        "snapshots": [],
+        "fm": "f", "required": True, "outputs": None, "active": None, "was_active": [], "shadow": None,
+        "shadow_share": 0.0, "trained_through": None, "snapshots": [],
     }  # fmt: skip
     groups = streams.read_groups(store, "ads", range(2), "examples")
     assert [groups[p][keys.group("f")].last_delivered.seq for p in range(2)] == [0, 0]

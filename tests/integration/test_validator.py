@@ -45,7 +45,8 @@ class Stand:
             instance=self.instance, device="cpu", bf16=False, is_stopping=lambda: self.is_stopping, clock=self.clock
         )
         repository = Repository(Folder(self.declared.settings.snapshots_uri))
-        self.validator = Validator(Registry(self.declared.client, self.declared.folder), repository, machine)
+        registry = Registry(self.declared.client, self.declared.folder)
+        self.validator = Validator(registry, repository, machine, self.declared.folder)
 
     def validate(self, **peers: Peer) -> bool:
         return self.validator.validate_next(self.declared.catalog, peers)

@@ -207,20 +207,60 @@ def test_fm_and_snapshot_lists_are_tables(api: Api) -> None:
     assert json.loads(das("snapshot", "list", "ads", "f", "--json").stdout) == [snapshot]
 
 
-def test_rollback_goes_to_the_one_before(api: Api) -> None:
+def test_rollback_is_one_call_that_the_service_decides(api: Api) -> None:
     api.answers["GET /v1/datasets/ads/fms/f/active"] = ok({"snapshot_id": "s3"}, ETag='"9"')
-    api.answers["GET /v1/datasets/ads/fms/f"] = ok({"fm": "f", "was_active": ["s1", "s2"]})
-    api.answers["PUT /v1/datasets/ads/fms/f/active"] = ok({"snapshot_id": "s2"})
+    api.answers["POST /v1/datasets/ads/fms/f/rollback"] = ok({"snapshot_id": "s2", "generation": 1})
     result = das("snapshot", "rollback", "ads", "f")
     assert (result.exit_code, result.stdout) == (0, "snapshot s2 of FM f is active again (before: s3)\n")
     assert api.requests[-1].headers["If-Match"] == '"9"'
+    as_json = das("snapshot", "rollback", "ads", "f", "--json", "--if-match", '"7"')
+    assert json.loads(as_json.stdout) == {"snapshot_id": "s2", "generation": 1}
+    assert api.requests[-1].headers["If-Match"] == '"7"'
 
 
-def test_rollback_without_a_former_snapshot_says_so(api: Api) -> None:
+def test_rollback_to_a_named_snapshot_activates_it(api: Api) -> None:
+    api.answers["GET /v1/datasets/ads/fms/f/active"] = ok({"snapshot_id": "s3"}, ETag='"9"')
+    api.answers["PUT /v1/datasets/ads/fms/f/active"] = ok({"snapshot_id": "s1"})
+    result = das("snapshot", "rollback", "ads", "f", "--to", "s1")
+    assert (result.exit_code, result.stdout) == (0, "snapshot s1 of FM f is active again (before: s3)\n")
+    assert (api.requests[-1].headers["If-Match"], json.loads(api.requests[-1].content)) == (
+        '"9"', {"snapshot_id": "s1"},
+    )  # fmt: skip
+
+
+def test_rollback_without_a_former_snapshot_says_why(api: Api) -> None:
+    refusal = {"code": "nothing_to_roll_back_to", "detail": "FM 'f' can't be rolled back", "title": "Conflict"}
     api.answers["GET /v1/datasets/ads/fms/f/active"] = ok({"snapshot_id": "s1"}, ETag='"9"')
-    api.answers["GET /v1/datasets/ads/fms/f"] = ok({"fm": "f", "was_active": []})
+    api.answers["POST /v1/datasets/ads/fms/f/rollback"] = ok(refusal, 409)
     result = das("snapshot", "rollback", "ads", "f")
-    assert (result.exit_code, "name one with --to" in result.stderr) == (2, True)
+    assert (result.exit_code, "FM 'f' can't be rolled back" in result.stderr) == (1, True)
+
+
+def test_a_shadow_is_set_shown_and_ended(api: Api) -> None:
+    path = "/v1/datasets/ads/fms/f/shadow"
+    api.answers[f"PUT {path}"] = api.answers[f"GET {path}"] = ok({"snapshot_id": "s2", "share": 0.05})
+    api.answers[f"DELETE {path}"] = ok({"snapshot_id": None, "share": 0.0})
+    assert das("snapshot", "shadow", "ads", "f", "s2", "--share", "0.05").stdout == "snapshot s2 of FM f scores 5.00%\n"
+    assert json.loads(api.requests[-1].content) == {"snapshot_id": "s2", "share": 0.05}
+    assert json.loads(das("snapshot", "shadow", "ads", "f", "--json").stdout) == {"snapshot_id": "s2", "share": 0.05}
+    assert das("snapshot", "shadow", "ads", "f", "--end").stdout == "FM f has no shadow\n"
+    assert das("snapshot", "shadow", "ads", "f", "s2", "--end").exit_code == 2
+
+
+def test_retire_says_the_state(api: Api) -> None:
+    path = "/v1/datasets/ads/fms/f/snapshots/s1/retire"
+    api.answers[f"POST {path}"] = ok({"snapshot_id": "s1", "state": "retired"})
+    assert das("snapshot", "retire", "ads", "f", "s1").stdout == "snapshot s1 is retired\n"
+
+
+def test_the_audit_log_is_a_table_or_json(api: Api) -> None:
+    entry = {"at": "2026-03-01T12:00:00Z", "who": "fm-team", "what": "activate", "snapshot_id": "s2",
+             "before": {"active": "s1"}, "after": {"active": "s2"}}  # fmt: skip
+    api.answers["GET /v1/datasets/ads/fms/f/audit"] = ok({"entries": [entry]})
+    assert json.loads(das("snapshot", "audit", "ads", "f", "--json").stdout) == [entry]
+    text = das("snapshot", "audit", "ads", "f").stdout
+    for part in ("fm-team", "activate", "s2"):
+        assert part in text
 
 
 # ---- ingest and lookup

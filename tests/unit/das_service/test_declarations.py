@@ -1,45 +1,11 @@
-"""Which snapshot is active, and where a snapshot may lie."""
+"""Where a snapshot may lie."""
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from das_service.declarations import activated, active_etag, snapshot_place
+from das_service.declarations import snapshot_place
 from das_service.errors import InvalidRowsError
-from das_service.registry import FmRecord
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=12))
-def test_the_generation_grows_exactly_when_a_former_snapshot_comes_back(names: list[str]) -> None:
-    record = FmRecord(fm="f", required=True)
-    former: set[str] = set()
-    for name in names:
-        after = activated(record, name)
-        goes_back = name != record.active and name in former
-        assert after.active == name
-        assert after.generation == record.generation + goes_back
-        former.add(name)
-        record = after
-    assert set(record.was_active) | {record.active} >= former
-
-
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
-def test_the_etag_changes_with_every_change_of_the_active_snapshot(names: list[str]) -> None:
-    record = FmRecord(fm="f", required=True)
-    seen = {active_etag(record)}
-    for name in names:
-        after = activated(record, name)
-        assert (active_etag(after) in seen) == (after == record)
-        seen.add(active_etag(after))
-        record = after
-
-
-def test_the_etag_does_not_change_with_anything_else() -> None:
-    record = FmRecord(fm="f", required=True, active="a")
-
-    assert active_etag(record) == active_etag(record.model_copy(update={"snapshots": ("a", "b"), "required": False}))
 
 
 def test_a_place_is_given_with_links_resolved(tmp_path: Path) -> None:

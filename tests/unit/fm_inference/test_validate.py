@@ -23,7 +23,7 @@ from das_service.snapshot_folder import SnapshotError, manifest_sha256
 from fm_inference import Signature, export_snapshot
 from fm_inference.golden import Answers, golden_table, write_golden
 from fm_inference.synthetic import synthetic_rows
-from fm_inference.validate import NoVerdictError, Request, _read_verdict, validate_snapshot
+from fm_inference.validate import NoVerdictError, Question, Request, _read_verdict, validate_snapshot
 from fm_inference.verdict import snapshot_reasons
 from schemas.dataset import DatasetSpec
 from schemas.snapshot import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, OutputColumns
@@ -256,8 +256,9 @@ def test_a_machine_that_fails_says_nothing_about_the_snapshot(
         device="cpu", bf16=False,
     )  # fmt: skip
     child = subprocess.run(
-        [sys.executable, "-c", program], input=request.model_dump_json().encode(), capture_output=True, check=True
-    )
+        [sys.executable, "-c", program], input=Question(request=request).model_dump_json().encode(),
+        capture_output=True, check=True,
+    )  # fmt: skip
     with pytest.raises(NoVerdictError) as error:
         _read_verdict(child.returncode, child.stdout, child.stderr)
     assert str(error.value) == said
