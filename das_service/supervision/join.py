@@ -62,7 +62,8 @@ class Limits:
     """What of an FM's tables counts, for joins that must give the same tomorrow.
 
     num_snapshots: the first so many that were registered. supervision, dead_letters: log positions per partition,
-    inclusive. as_of_us: what was available then, None for all; snapshot: the only one that counts, None for all.
+    inclusive. as_of_us: what was available then, None for all; snapshot: the only one that counts, as a shadow too,
+    None for all.
     """
 
     num_snapshots: int
@@ -241,9 +242,11 @@ class _Table:
         reader.refresh()
         return cls(place, reader)
 
-    def source(self, cursor: duckdb.DuckDBPyConnection, event_days: Sequence[dt.date]) -> str | None:
+    def source(
+        self, cursor: duckdb.DuckDBPyConnection, event_days: Sequence[dt.date], *, with_shadows: bool = False
+    ) -> str | None:
         """Give what a query reads these event days from, None where the table has nothing of them."""
-        rows = known_rows(self.place, self.reader.days, event_days)
+        rows = known_rows(self.place, self.reader.days, event_days, with_shadows=with_shadows)
         if isinstance(rows, pads.Dataset):
             cursor.register("stored", rows)
             return "stored"
@@ -325,7 +328,8 @@ class _WindowJoin:
     # ---- the tables
 
     def _find_in_tables(self) -> None:
-        source = self._fm.supervision.source(self._cursor, self._days)
+        is_pinned = self._limits is not None and self._limits.snapshot is not None
+        source = self._fm.supervision.source(self._cursor, self._days, with_shadows=is_pinned)
         if source is None or self._fm.record.outputs is None:
             return
         outputs = [name for name in self._values if not name.startswith("_")]
