@@ -127,9 +127,9 @@ def serve(settings: Settings) -> Iterator[Api]:
 
 
 @contextlib.contextmanager
-def serve_over_tcp(settings: Settings) -> Iterator[int]:
+def serve_over_tcp(settings: Settings, *, port: int | None = None) -> Iterator[int]:
     """The app behind a socket of uvicorn; gives the port."""
-    port = free_port()
+    port = port or free_port()
     server = uvicorn.Server(server_config(settings.model_copy(update={"bind": f"127.0.0.1:{port}"})))
     thread = threading.Thread(target=server.run)
     thread.start()

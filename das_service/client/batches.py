@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypedDict
@@ -15,6 +16,7 @@ from das_service.client.http import Call, Caller, Clock
 from schemas.wire import ARROW_STREAM, CURSOR_KEY, TruncatedStreamError, iter_marked
 
 READ_SECONDS = 60.0  # a stream that follows sends something every ten seconds
+OpenStream = Callable[[Mapping[str, Any]], AbstractContextManager[Any]]
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 
 
@@ -47,11 +49,22 @@ class TrainingBatch:
     cursor: str
 
 
-def batch_params(options: BatchOptions) -> dict[str, Any]:
-    """Give the query parameters for options."""
+class ReaderOptions(BatchOptions, total=False):
+    """What is read of it, and how a reader goes on, as Client.batches says."""
+
+    cursor: str | None
+    shard: str | None
+    split: str | None
+    follow: bool
+    extend: bool
+    max_rows: int | None
+
+
+def batch_params(options: ReaderOptions) -> dict[str, Any]:
+    """Give the query parameters for options; what is not asked for is left out."""
     params: dict[str, Any] = {}
     for name, value in options.items():
-        if value is None:
+        if value is None or value is False:
             continue
         if name == "filter":
             params[name] = json.dumps(value)
@@ -71,13 +84,17 @@ class BatchReader:
     """
 
     def __init__(
-        self, caller: Caller, path: str, params: Mapping[str, Any], *, timeout_seconds: float, clock: Clock
+        self, open_stream: OpenStream, params: Mapping[str, Any], *, where: str, timeout_seconds: float, clock: Clock
     ) -> None:
-        """Name what is read; nothing is asked yet. timeout_seconds: the longest without an answer."""
+        """Name what is read; nothing is asked yet. timeout_seconds: the longest without an answer.
+
+        open_stream: gives the Arrow stream for parameters as a file; where: from whom, in words.
+        """
         self.cursor: str | None = params.get("cursor")
-        self._caller = caller
-        self._path = path
+        self._open_stream = open_stream
+        self._where = where
         self._params = dict(params)
+        self._schema: pa.Schema | None = None
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._left: int | None = params.get("max_rows")
@@ -102,6 +119,15 @@ class BatchReader:
         if self.cursor is None:
             raise DasClientError("the service's answer has no cursor", code="bad_answer")
         return self.cursor
+
+    def schema(self) -> pa.Schema:
+        """Give the columns of the batches, asking the service if need be."""
+        if self._schema is None:
+            for _ in self._answers({**self._params, "max_rows": 0}):
+                pass
+        if self._schema is None:
+            raise DasClientError("the service's answer has no columns", code="bad_answer")
+        return self._schema
 
     def _iter_all(self) -> Any:  # noqa: ANN401 - a generator
         while True:
@@ -142,7 +168,7 @@ class BatchReader:
                 if isinstance(error, DasClientError) and not error.retryable:
                     raise
                 if self._clock.monotonic() + pause >= deadline:
-                    raise _told(error, self._caller.url) from error
+                    raise _told(error, self._where) from error
             else:
                 return
             self._clock.sleep(pause * (0.5 + self._clock.chance() / 2))
@@ -150,18 +176,24 @@ class BatchReader:
             params = self._going_on() if params.get("max_rows") != 0 else params
 
     def _one_stream(self, params: Mapping[str, Any]) -> Iterator[TrainingBatch]:
-        call = Call(
-            method="GET", path=self._path, params=params, headers={"Accept": ARROW_STREAM},
-            attempt_seconds=READ_SECONDS,
-        )  # fmt: skip
-        with self._caller.streamed(call) as response:
-            marked = iter_marked(_Body(response))
-            for rows, marks in marked:
+        with self._open_stream(params) as stream:
+            for rows, marks in iter_marked(stream):
+                self._schema = rows.schema.remove_metadata()
                 cursor = marks.get(CURSOR_KEY)
                 if cursor is not None:
                     yield TrainingBatch(rows, cursor.decode())
                 elif self.cursor is None and rows.schema.metadata:
                     self.cursor = rows.schema.metadata[CURSOR_KEY].decode()
+
+
+@contextmanager
+def http_stream(caller: Caller, path: str, params: Mapping[str, Any]) -> Iterator["_Body"]:
+    """Give a service's answer to `GET .../batches`."""
+    call = Call(
+        method="GET", path=path, params=params, headers={"Accept": ARROW_STREAM}, attempt_seconds=READ_SECONDS
+    )  # fmt: skip
+    with caller.streamed(call) as response:
+        yield _Body(response)
 
 
 class _Body(io.RawIOBase):
@@ -190,9 +222,9 @@ class _Body(io.RawIOBase):
         return b"".join(found)
 
 
-def _told(error: Exception, url: str) -> DasClientError:
+def _told(error: Exception, where: str) -> DasClientError:
     if isinstance(error, DasClientError):
         return error
     return UnreachableError(
-        f"no answer from {url}: {error or type(error).__name__}", code="unreachable", retryable=True
+        f"no answer from {where}: {error or type(error).__name__}", code="unreachable", retryable=True
     )

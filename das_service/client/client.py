@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from das_service.client.arrow import ROWS_PER_REQUEST, iter_chunks, plain_table, to_table
 from das_service.client.augment import run_augment
-from das_service.client.batches import BatchOptions, BatchReader, batch_params
+from das_service.client.batches import BatchOptions, BatchReader, ReaderOptions, batch_params, http_stream
 from das_service.client.errors import (
     DasClientError,
     LostRaceError,
@@ -52,6 +53,8 @@ class Client:
         DasClientError: The url or the token can't be one (codes `bad_url`, `bad_token`).
     """
 
+    FOLLOW_SECONDS = 1.0  # how often a loader that follows looks for more
+
     def __init__(
         self,
         url: str | None = None,
@@ -62,9 +65,11 @@ class Client:
         clock: Clock | None = None,
     ) -> None:
         self._clock = clock or Clock()
+        self._token = (token or os.environ.get("DAS_TOKEN") or "").strip() or None
+        self._transport = transport
         self._caller = Caller(
             url or os.environ.get("DAS_API_URL") or DEFAULT_URL,
-            token=(token or os.environ.get("DAS_TOKEN") or "").strip() or None,
+            token=self._token,
             timeout_seconds=timeout_seconds,
             transport=transport,
             clock=self._clock,
@@ -78,6 +83,20 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._caller.close()
+
+    def clone(self, *, clock: Clock | None = None) -> "Client":
+        """Give another client of the same service, with connections of its own."""
+        return Client(
+            self.url,
+            token=self._token,
+            timeout_seconds=self._caller.timeout_seconds,
+            transport=self._transport,
+            clock=clock or self._clock,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where it leads and with which token, no connection: what a loader's worker process needs."""
+        return partial(Client, self.url, token=self._token, timeout_seconds=self._caller.timeout_seconds), ()
 
     def __enter__(self) -> Self:
         return self
@@ -348,13 +367,14 @@ class Client:
         Raises (as it is read):
             DasClientError: The service refuses, or gives no answer for the client's timeout_seconds.
         """
-        going = {"cursor": cursor, "shard": shard, "split": split, "max_rows": max_rows}
-        params = {name: value for name, value in going.items() if value is not None}
-        flags = {name: True for name, is_set in (("follow", follow), ("extend", extend)) if is_set}
+        asked: ReaderOptions = {
+            "cursor": cursor, "shard": shard, "split": split, "follow": follow, "extend": extend, "max_rows": max_rows,
+            **options,
+        }  # fmt: skip
         return BatchReader(
-            self._caller,
-            path_of("datasets", dataset, "batches"),
-            {**params, **flags, **batch_params(options)},
+            partial(http_stream, self._caller, path_of("datasets", dataset, "batches")),
+            batch_params(asked),
+            where=self._caller.url,
             timeout_seconds=self._caller.timeout_seconds,
             clock=self._clock,
         )
