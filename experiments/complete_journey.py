@@ -79,6 +79,7 @@ DATASET_SPEC: Final[dict[str, Any]] = {
     "partitions": 4,
     "table_granularity": "day",
     "max_age_days": None,
+    "allowed_lateness_seconds": 300,
     "online_ttl_seconds": 86_400,
 }
 FEATURE_COLUMNS: Final = tuple(str(feature["name"]) for feature in DATASET_SPEC["features"])

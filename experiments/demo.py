@@ -1,8 +1,10 @@
 """`das demo`: the service on public data, from raw purchases to supervision that a trainer can read.
 
 A teacher is trained on weeks 1-26 of Complete Journey and published; the weeks after are streamed over HTTP in the
-order of time, as a product would; then every impression is looked up, and two students send their own tables to be
-augmented and train on them with and without supervision (experiments.students says how). The last line is JSON.
+order of time, as a product would, and so are their labels, as they become known (experiments.label_delays says when).
+Every four weeks the teacher reads back what has closed, trains on it and takes its own place. Then every impression is
+looked up, and two students read their closed rows as training batches and train on them with and without supervision
+(experiments.students says how). The last line is JSON.
 """
 
 import argparse
@@ -40,14 +42,14 @@ from experiments.demo_report import (
     weekly_entropy,
 )
 from experiments.plots import plot_students, plot_teacher
-from experiments.teacher import TrainedTeacher, build_signature, train_teacher
+from experiments.streaming import Streamer, read_closed
+from experiments.teacher import AGAIN_RATE, TeacherTrainer, TrainedTeacher, build_signature, iter_batches, iter_table
 from fm_inference import export_snapshot
 from vm_training.metrics import auc, normalized_entropy
 
-DATASET, FM, SNAPSHOT = "complete_journey", "teacher", "weeks-1-26"
-CHUNK_ROWS = 5000
+DATASET, FM = "complete_journey", "teacher"
 LOOKUP_IDS = 20_000
-CLIENTS = 2
+ROTATE_WEEKS = 4
 _WAIT_SECONDS = 300.0
 
 
@@ -60,10 +62,10 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
+        """Time a stage, or another part of it."""
         start = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - start, 1)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
 
     def total(self) -> dict[str, float]:
         """Give all stages and the total."""
@@ -78,6 +80,7 @@ class Looked:
     labels: np.ndarray
     logits: np.ndarray
     present: np.ndarray
+    gap_seconds: np.ndarray
 
 
 class Bars:
@@ -98,43 +101,43 @@ class Bars:
         self._progress.remove_task(task)
 
 
-def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
+def run(*, folder: Path, num_weeks: int, rotate_weeks: int, console: Console) -> dict[str, Any]:
     """Run the demo in folder, which is emptied first; give the record of contract 10."""
     clock, bars = Clock(), Bars(console)
     _empty(folder)
     stream_weeks = list(journey.STREAM_WEEKS)[:num_weeks]
     with clock.stage("build"):
         files = _build(folder, stream_weeks, bars)
+    first = [file for file in files if file.week in journey.TEACHER_WEEKS]
+    stream = [file for file in files if file.week in stream_weeks]
+    trainer = TeacherTrainer()
     with clock.stage("train"):
-        first = [file for file in files if file.week in journey.TEACHER_WEEKS]
-        teacher = _train(first, bars)
-        signature = build_signature(fm=FM, snapshot_id=SNAPSHOT)
-        export_snapshot(teacher.module, signature, folder / "export", trained_through=teacher.trained_through)
+        teacher = _train(trainer, first, bars)
     console.print(
         f"The teacher saw {teacher.num_rows:,} impressions once, each predicted before it was trained on: "
         f"NE {teacher.normalized_entropy:.4f}, AUC {teacher.auc:.4f}."
     )
-    stream = [file for file in files if file.week in stream_weeks]
     with contextlib.ExitStack() as stack:
         with clock.stage("start"):
             service = stack.enter_context(running_service(folder=folder / "service"))
             client = stack.enter_context(Client(service.url, timeout_seconds=60))
-            _publish(client, folder)
-        with clock.stage("stream"):
-            posted = _stream(client, stream, folder / "posted.parquet", bars)
-            _wait_until_committed(client, posted, bars)
+            client.put_dataset(DATASET, journey.DATASET_SPEC)
+            client.put_fm(DATASET, FM, required=True)
+            _publish(client, folder, teacher, f"weeks-1-{journey.TEACHER_WEEKS[-1]}")
+        snapshots = _stream(client, stream, trainer, folder, (clock, bars), rotate_weeks=rotate_weeks)
+        posted = sum(file.num_rows for file in stream)
         with clock.stage("lookup"):
             looked = _look_up(client, stream, bars)
-        with clock.stage("augment"):
-            augmented = _augment(client, stream, bars)
+        with clock.stage("students"):
+            runs = _train_students(service.url, first, stream, bars)
+            _keep_students(folder, runs)
+        late_labels = int(client.status()["datasets"][DATASET]["late_labels"])
         metrics = _keep_metrics(client, service.url, folder / "metrics")
         memory = peak_memory_bytes([role["pid"] for role in service.roles() if role["pid"]])
     with clock.stage("recount"):
         counted = recount(folder / "service" / "tables", folder / "posted.parquet", dataset=DATASET, fm=FM)
     plot_teacher(path=folder / "teacher.png", **_weekly(looked))
-    with clock.stage("students"):
-        runs = _train_students(first, augmented, bars)
-        _keep_students(folder, augmented, runs)
+    p50, p95 = np.quantile(looked.gap_seconds[looked.present], [0.5, 0.95])
     return {
         "folder": str(folder),
         "examples_posted": posted,
@@ -145,6 +148,9 @@ def run(*, folder: Path, num_weeks: int, console: Console) -> dict[str, Any]:
         "missing": counted.missing,
         "leaky": counted.leaky,
         "coverage": float(looked.present.mean()),
+        "snapshots": snapshots,
+        "late_labels": late_labels,
+        "freshness_gap_seconds": {"p50": round(float(p50)), "p95": round(float(p95))},
         "fm": {
             "ne": normalized_entropy(looked.logits[looked.present], looked.labels[looked.present]),
             "auc": auc(looked.logits[looked.present], looked.labels[looked.present]),
@@ -175,64 +181,97 @@ def _build(folder: Path, stream_weeks: list[int], bars: Bars) -> tuple[journey.W
         return journey.build_impressions(folder / "weeks", weeks=weeks, on_progress=lambda _: advance(1))
 
 
-def _train(files: list[journey.WeekFile], bars: Bars) -> TrainedTeacher:
-    with bars.bar("Training the teacher on weeks 1-26, once", sum(file.num_rows for file in files)) as advance:
-        return train_teacher([file.path for file in files], on_progress=advance)
+def _train(trainer: TeacherTrainer, files: list[journey.WeekFile], bars: Bars) -> TrainedTeacher:
+    paths = [file.path for file in files]
+    num_rows = sum(file.num_rows for file in files)
+    with bars.bar("Training the teacher on weeks 1-26, once", num_rows) as advance:
+        return trainer.train(iter_batches(paths), num_rows=num_rows, on_progress=advance)
 
 
-def _publish(client: Client, folder: Path) -> None:
-    client.put_dataset(DATASET, journey.DATASET_SPEC)
-    client.put_fm(DATASET, FM, required=True)
+def _publish(client: Client, folder: Path, teacher: TrainedTeacher, snapshot_id: str) -> None:
+    """Export a snapshot, and let it score from now on."""
+    export = folder / "export" / snapshot_id
+    export.parent.mkdir(exist_ok=True)
+    signature = build_signature(fm=FM, snapshot_id=snapshot_id)
+    export_snapshot(teacher.module, signature, export, trained_through=teacher.trained_through)
     settings = load_settings({}, snapshots_uri=str(folder / "service" / "snapshots"))
-    publish_snapshot(client, settings, DATASET, folder / "export", activate=True)
+    publish_snapshot(client, settings, DATASET, export, activate=True)
 
 
-def _stream(client: Client, files: list[journey.WeekFile], ledger: Path, bars: Bars) -> int:
-    """Post every impression in the order of time; write each id down once its request was answered."""
-    total = sum(file.num_rows for file in files)
-    posted = 0
-    with (
-        bars.bar("Streaming impressions to the service", total) as advance,
-        pq.ParquetWriter(ledger, pa.schema([("example_id", pa.string())])) as writer,
-    ):
-        for file in files:
-            table = pq.read_table(file.path, columns=list(journey.EXAMPLE_COLUMNS))
-            shown = 0
+def _stream(
+    client: Client,
+    files: list[journey.WeekFile],
+    trainer: TeacherTrainer,
+    folder: Path,
+    shown: tuple[Clock, Bars],
+    *,
+    rotate_weeks: int,
+) -> int:
+    """Stream all weeks, and renew the teacher between each rotate_weeks of them; give the number of snapshots."""
+    clock, bars = shown
+    cursor: str | None = None
+    parts = [files[start : start + rotate_weeks] for start in range(0, len(files), rotate_weeks)]
+    with Streamer(client, DATASET, folder / "posted.parquet") as streamer:
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            with clock.stage("stream"), bars.bar(_weeks_text("Streaming", part), _num_rows(part)) as advance:
+                for file in part:
+                    streamer.post_week(file.path, on_progress=advance)
+                if is_last:
+                    streamer.post_other_labels()
+            with clock.stage("settle"):
+                _wait_until_committed(client, streamer.posted, streamer.num_settled(), bars)
+            if not is_last:
+                with clock.stage("rotate"):
+                    cursor = _rotate(client, trainer, folder, f"weeks-1-{part[-1].week}", cursor, bars)
+    return len(parts)
 
-            def progress(result: Any) -> None:  # noqa: ANN401
-                nonlocal shown
-                advance(result.accepted - shown)
-                shown = result.accepted
 
-            result = client.ingest_batches(
-                DATASET, table, concurrency=CLIENTS, rows_per_request=CHUNK_ROWS, on_progress=progress
-            )
-            if result.rejected:
-                raise SupervisorError(f"the service refused {result.rejected} impressions: {result.errors[:3]}")
-            writer.write_table(pa.table({"example_id": table["example_id"]}))
-            posted += result.accepted
-    return posted
+def _rotate(
+    client: Client, trainer: TeacherTrainer, folder: Path, snapshot_id: str, cursor: str | None, bars: Bars
+) -> str | None:
+    """Train on what has closed since the cursor, and put the new snapshot to work; give the cursor behind it."""
+    closed, cursor = read_closed(client, DATASET, cursor=cursor)
+    with bars.bar(f"Training the teacher again: {snapshot_id}", closed.num_rows) as advance:
+        teacher = trainer.train(
+            iter_table(closed), num_rows=closed.num_rows, layer_rate=AGAIN_RATE, on_progress=advance
+        )
+    _publish(client, folder, teacher, snapshot_id)
+    return cursor
 
 
-def _wait_until_committed(client: Client, posted: int, bars: Bars) -> None:
-    """Wait until every posted row is scored and in the tables."""
+def _num_rows(files: list[journey.WeekFile]) -> int:
+    return sum(file.num_rows for file in files)
+
+
+def _weeks_text(what: str, files: list[journey.WeekFile]) -> str:
+    return f"{what} weeks {files[0].week}-{files[-1].week} to the service"
+
+
+def _wait_until_committed(client: Client, posted: int, settled: int, bars: Bars) -> None:
+    """Wait until every posted row is scored and in the tables, and so many are closed."""
     deadline, done = time.monotonic() + _WAIT_SECONDS, 0
-    with bars.bar("Waiting for the last rows to reach the tables", posted) as advance:
-        while done < posted:
+    with bars.bar("Waiting for the rows to reach the tables", posted + settled) as advance:
+        while done < posted + settled:
             record = client.status()["datasets"][DATASET]
-            now = min(record["distinct"], record["fms"][FM]["scored"])
+            now = min(record["distinct"], record["fms"][FM]["scored"]) + min(record["closed"], settled)
             advance(now - done)
             done = now
             if time.monotonic() > deadline:
-                raise SupervisorError(f"only {done:,} of {posted:,} rows reached the tables in time")
+                raise SupervisorError(
+                    f"of {posted:,} rows only {record['distinct']:,} reached the tables in time, "
+                    f"{record['fms'][FM]['scored']:,} were scored, and of {settled:,} {record['closed']:,} closed"
+                )
             time.sleep(0.2)
 
 
 def _look_up(client: Client, files: list[journey.WeekFile], bars: Bars) -> Looked:
-    columns: dict[str, list[np.ndarray]] = {"weeks": [], "labels": [], "logits": [], "present": []}
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("weeks", "labels", "logits", "present", "gap_seconds")
+    }
     with bars.bar("Looking every impression up, as a trainer", sum(file.num_rows for file in files)) as advance:
         for file in files:
-            table = pq.read_table(file.path, columns=["example_id", journey.LABEL_COLUMN])
+            table = pq.read_table(file.path, columns=["example_id", "event_time", journey.LABEL_COLUMN])
             for start in range(0, table.num_rows, LOOKUP_IDS):
                 part = table.slice(start, LOOKUP_IDS)
                 answer = client.lookup(DATASET, part["example_id"], fms=[FM], embedding_format="float16")
@@ -240,37 +279,32 @@ def _look_up(client: Client, files: list[journey.WeekFile], bars: Bars) -> Looke
                 columns["present"].append(np.asarray(pa.compute.equal(status, "present")))
                 columns["logits"].append(answer[f"{FM}__purchase__logit"].to_numpy())
                 columns["labels"].append(part[journey.LABEL_COLUMN].to_numpy())
+                through = answer[f"{FM}__trained_through"].cast(pa.int64()).fill_null(0).to_numpy()
+                columns["gap_seconds"].append((part["event_time"].cast(pa.int64()).to_numpy() - through) / 1e6)
                 columns["weeks"].append(np.full(part.num_rows, file.week))
                 advance(part.num_rows)
     return Looked(**{name: np.concatenate(parts) for name, parts in columns.items()})
 
 
-def _augment(client: Client, files: list[journey.WeekFile], bars: Bars) -> dict[str, pa.Table]:
-    """Give each student's own table with the teacher's supervision beside its columns."""
-    tables = {name: students.read_table([file.path for file in files], student=name) for name in students.STUDENTS}
-    augmented = {}
-    with bars.bar("Augmenting the tables of two students", sum(map(len, tables.values()))) as advance:
-        for name, table in tables.items():
-            augmented[name] = client.augment(DATASET, table, fms=[FM], outputs=[journey.LABEL_COLUMN])
-            advance(len(table))
-    return augmented
-
-
 def _train_students(
-    files: list[journey.WeekFile], augmented: dict[str, pa.Table], bars: Bars
+    url: str, first: list[journey.WeekFile], stream: list[journey.WeekFile], bars: Bars
 ) -> dict[str, students.StudentRuns]:
-    first = [file.path for file in files]
-    with bars.bar("Training each student, three times", students.count_trained(first, augmented)) as advance:
-        return students.train_students(first, augmented, fm=FM, on_progress=advance)
+    before, after = [file.path for file in first], [file.path for file in stream]
+    with bars.bar("Training each student, three runs at once", students.count_trained(before, after)) as advance:
+        return students.train_students(
+            before,
+            after,
+            open_batches=lambda name: students.student_batches(url, DATASET, name, fm=FM),
+            fm=FM,
+            on_progress=advance,
+        )
 
 
-def _keep_students(folder: Path, augmented: dict[str, pa.Table], runs: dict[str, students.StudentRuns]) -> None:
-    """Keep each student's augmented table with the logits that it is judged by, and the plot."""
+def _keep_students(folder: Path, runs: dict[str, students.StudentRuns]) -> None:
+    """Keep what each student was judged by, row by row, and the plot."""
     (folder / "students").mkdir()
-    for name, table in augmented.items():
-        logits = {f"logit_{run}": pa.array(values) for run, values in runs[name].logits.items()}
-        kept = pa.table(dict(zip(table.column_names, table.columns, strict=True)) | logits)
-        pq.write_table(kept, folder / "students" / f"{name}.parquet", compression="zstd")
+    for name, run in runs.items():
+        pq.write_table(run.to_table(), folder / "students" / f"{name}.parquet", compression="zstd")
     plot_students(folder / "students.png", {students.STUDENTS[name]: weekly_entropy(run) for name, run in runs.items()})
 
 
@@ -301,13 +335,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; give the exit code."""
     parser = argparse.ArgumentParser(prog="das demo", description=__doc__)
     parser.add_argument("--weeks", type=int, default=len(journey.STREAM_WEEKS), help="stream so many weeks (1..27)")
+    parser.add_argument("--rotate-weeks", type=int, default=ROTATE_WEEKS, help="renew the teacher after so many weeks")
     parser.add_argument("--folder", type=Path, default=Path("demo-data"), help="emptied first, kept afterwards")
     options = parser.parse_args(arguments)
     if not 1 <= options.weeks <= len(journey.STREAM_WEEKS):
         parser.error(f"--weeks is 1..{len(journey.STREAM_WEEKS)}")
+    if options.rotate_weeks < 1:
+        parser.error("--rotate-weeks is 1 or more")
     console = Console(stderr=True)
     try:
-        record = run(folder=options.folder.absolute(), num_weeks=options.weeks, console=console)
+        record = run(
+            folder=options.folder.absolute(),
+            num_weeks=options.weeks,
+            rotate_weeks=options.rotate_weeks,
+            console=console,
+        )
     except KeyboardInterrupt:
         console.print("Stopped; nothing is left running.")
         return 130

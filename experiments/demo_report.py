@@ -103,6 +103,13 @@ def print_table(console: Console, record: Mapping[str, Any]) -> None:
         ),
         ("duplicates / missing", f"{record['duplicates']} / {record['missing']}", "both must be 0"),
         ("leaky", f"{record['leaky']}", "rows whose label the teacher could have seen"),
+        ("snapshots of the teacher", f"{record['snapshots']}", "each trained on rows that had closed before"),
+        (
+            "freshness gap, median",
+            f"{record['freshness_gap_seconds']['p50'] / 86_400:.1f} days",
+            "from the last label that the teacher saw",
+        ),
+        ("late labels", f"{record['late_labels']:,}", "after their window of 3 days: kept, and not used"),
         ("coverage", f"{record['coverage']:.2%}", "of the ids that a trainer looked up"),
         (
             "normalised entropy of the teacher",

@@ -45,7 +45,7 @@ def plot_teacher(
         upper, lower = figure.subplots(2, 1, sharex=True)
         span = f"week {weeks[0]}" if len(weeks) == 1 else f"weeks {weeks.min()}-{weeks.max()}"
         figure.suptitle(
-            f"Trained before the stream and never since, the teacher predicts the purchases of {span}:\n"
+            f"The teacher, which trains on what has closed, predicts the purchases of {span}:\n"
             f"normalised entropy {normalized_entropy.mean():.2f} and AUC {auc.mean():.2f}, "
             "where the base rate alone gives 1 and 0.5",
             x=0.01,

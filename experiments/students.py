@@ -7,21 +7,21 @@ earlier purchases, which the teacher lives on and which a serving path would hav
 All runs start where the student of weeks 1-26 stands: it is trained once on the labels of those weeks, without
 supervision, because those are the labels that the teacher has seen. A student that began at week 27 would get them
 through the teacher alone, and what it gained would be those labels, not the teacher's better use of them. Then come the
-weeks of the stream, once, in the order of event_time: without supervision, with it (plain distillation, weight 1), and
-with the teacher's word shuffled over the rows. The three begin with the same weights and optimizer state, and their
-batches and rates are the same. A batch ends where the time changes and is predicted before it is trained on; metrics
-are of these predictions.
+weeks of the stream, once, as training batches of the service, in the order in which rows became ready: without
+supervision, with it (plain distillation, weight 1), and with the teacher's word shuffled over the rows of each batch.
+The three begin with the same weights and optimizer state, and read the same batches at the same rates. A batch is
+predicted before it is trained on; metrics are of these predictions, and of the labels as they were closed.
 
 The rates were tuned without supervision, on weeks 14-26 of a student of weeks 1-13, by `experiments.tune_students`; no
 week that is reported chose anything. Shapes: B rows, F hashed ids and crosses, W width of an embedding.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,9 @@ from experiments.teacher import iter_cuts, torch_settings
 from fm_inference.features import build_tensors
 from schemas.hashing import feature_seed, xxh64_int64
 from schemas.snapshot import HashEncode, Input
+from vm_training import AugmentedDataset
 from vm_training.losses import distillation_loss
+from vm_training.tensors import Batch
 
 STUDENTS: Final = {"display": "products on display", "mailer": "products in the mailer"}  # by the feature; "0" is none
 RUNS: Final = ("without", "with", "shuffled")
@@ -77,25 +79,34 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
-    """What the teacher said of the rows: its logit, and whether there is a valid one; both (B,)."""
-
-    logits: Tensor
-    present: Tensor
-
-    def shuffled(self, seed: int) -> "Supervision":
-        """Give the same pairs on other rows."""
-        order = torch.randperm(len(self.logits), generator=torch.Generator().manual_seed(seed))
-        return Supervision(logits=self.logits[order], present=self.present[order])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StudentRuns:
-    """One student on the weeks of the stream: rows, labels and each run's progressive logits, all (B,)."""
+    """One student on the weeks of the stream: its rows in ready order, and each run's progressive logits, all (B,).
 
+    event_times: microseconds since 1970. teacher_logits are meant where present.
+    """
+
+    event_times: npt.NDArray[np.int64]
     weeks: npt.NDArray[np.int64]
     labels: npt.NDArray[np.float32]
+    teacher_logits: npt.NDArray[np.float32]
+    present: npt.NDArray[np.bool_]
     logits: dict[str, npt.NDArray[np.float32]]
+
+    def with_weeks(self, starts: npt.NDArray[np.int64], weeks: npt.NDArray[np.int64]) -> "StudentRuns":
+        """Give the same with each row's week; starts: the first times of these weeks, in order."""
+        return replace(self, weeks=weeks[np.searchsorted(starts, self.event_times, side="right") - 1])
+
+    def to_table(self) -> pa.Table:
+        """Give all of it as columns."""
+        return pa.table(
+            {
+                "event_time": pa.array(self.event_times).cast(pa.timestamp("us", "UTC")),
+                "week": self.weeks,
+                LABEL_COLUMN: self.labels,
+                "teacher_logit": pa.array(self.teacher_logits, mask=~self.present),
+                **{f"logit_{run}": values for run, values in self.logits.items()},
+            }
+        )
 
 
 class Student(nn.Module):
@@ -135,26 +146,28 @@ class Trainer:
         """Give a trainer of the same weights and optimizer state that shares nothing with this one."""
         return copy.deepcopy(self)
 
-    def train(
-        self, rows: Rows, supervision: Supervision | None = None, *, on_progress: Callable[[int], None] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Train on the rows once, in their order; give each row's logit (B,) from before it was trained on.
+    def train(self, rows: Rows, *, on_progress: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
+        """Train on the labels of rows once, in their order; give each row's logit (B,) from before it was trained on.
 
         on_progress receives the number of rows of each batch as it is trained on.
         """
         logits = [np.empty(0, np.float32)]
         for start, stop in iter_cuts(rows.event_times, batch_rows=_BATCH_ROWS):
-            logits.append(self._train_batch(rows, supervision, slice(start, stop)))
+            part = slice(start, stop)
+            logits.append(self.train_batch(rows.indices[part], rows.labels[part]))
             if on_progress is not None:
                 on_progress(stop - start)
         return np.concatenate(logits)
 
-    def _train_batch(self, rows: Rows, supervision: Supervision | None, part: slice) -> npt.NDArray[np.float32]:
-        logit_B, label_B = self.student(rows.indices[part]), rows.labels[part]
+    def train_batch(
+        self, index_BF: Tensor, label_B: Tensor, supervision: tuple[Tensor, Tensor] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Train on a batch; give its logits (B,) from before. supervision: the teacher's logits, and where they are."""
+        logit_B = self.student(index_BF)
         if supervision is None:
             loss = functional.binary_cross_entropy_with_logits(logit_B, label_B)
         else:
-            loss = distillation_loss(logit_B, label_B, supervision.logits[part], supervision.present[part])
+            loss = distillation_loss(logit_B, label_B, *supervision)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -169,53 +182,92 @@ def read_table(paths: Sequence[Path], *, student: str) -> pa.Table:
     return pq.read_table(list(paths), columns=columns, filters=pc.field(student) != "0")
 
 
-def count_trained(first: Sequence[Path], augmented: Mapping[str, pa.Table]) -> int:
-    """Give how many rows train_students goes through, in all runs of all students."""
-    weeks = ds.dataset(list(first))
+def count_trained(first: Sequence[Path], stream: Sequence[Path]) -> int:
+    """Give how many rows train_students goes through, in all runs of all students, if all of the stream has closed."""
+    before, after = ds.dataset(list(first)), ds.dataset(list(stream))
     return sum(
-        weeks.count_rows(filter=pc.field(name) != "0") + len(RUNS) * len(table) for name, table in augmented.items()
+        before.count_rows(filter=pc.field(name) != "0") + len(RUNS) * after.count_rows(filter=pc.field(name) != "0")
+        for name in STUDENTS
     )
 
 
 def train_students(
     first: Sequence[Path],
-    augmented: Mapping[str, pa.Table],
+    stream: Sequence[Path],
     *,
+    open_batches: Callable[[str], Iterable[Batch]],
     fm: str,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, StudentRuns]:
-    """Give each student's runs on its augmented table, after the labels of the first weeks; the students side by side.
+    """Give each student's runs on its training batches, after the labels of the first weeks; the students side by side.
 
+    stream: week files, which say when a week begins. open_batches: gives a student's batches (`student_batches`).
     on_progress receives the number of rows of each batch as it is trained on, from two threads.
 
     Raises:
-        ValueError: Rows are not in the order of event_time.
+        ValueError: Rows of the first weeks are not in the order of event_time, or a student has no closed rows.
     """
-    with torch_settings(seed=seed, num_threads=1), ThreadPoolExecutor(len(augmented)) as pool:
-        started = [
-            pool.submit(_train_runs, Trainer(), first, name, table, fm=fm, on_progress=on_progress)
-            for name, table in augmented.items()
-        ]
-        return {name: future.result() for name, future in zip(augmented, started, strict=True)}
+    first_rows = [pq.read_table(path, columns=["event_time", "week"]).slice(0, 1) for path in stream]
+    starts = np.array([int(row["event_time"].cast(pa.int64())[0].as_py()) for row in first_rows])
+    weeks = np.array([int(row["week"][0].as_py()) for row in first_rows])
+    with torch_settings(seed=seed, num_threads=1), ThreadPoolExecutor(len(STUDENTS)) as pool:
+        started = {
+            name: pool.submit(_train_runs, Trainer(), first, name, open_batches(name), fm=fm, on_progress=on_progress)
+            for name in STUDENTS
+        }
+        runs = {name: future.result() for name, future in started.items()}
+    return {name: run.with_weeks(starts, weeks) for name, run in runs.items()}
+
+
+def student_batches(url: str, dataset: str, student: str, *, fm: str) -> AugmentedDataset:
+    """Give a student's training batches: its closed rows, with the features that it uses and the teacher's logit."""
+    return AugmentedDataset(
+        url,
+        dataset,
+        fms=[fm],
+        outputs=[LABEL_COLUMN],
+        columns=[*_IDS, LABEL_COLUMN],
+        filter=[[student, "!=", "0"]],
+        batch_rows=_BATCH_ROWS,
+        buckets=1 << _BITS,
+    )
 
 
 def _train_runs(
     trainer: Trainer,
     first: Sequence[Path],
     student: str,
-    augmented: pa.Table,
+    batches: Iterable[Batch],
     *,
     fm: str,
     on_progress: Callable[[int], None] | None,
 ) -> StudentRuns:
     trainer.train(build_rows(read_table(first, student=student)), on_progress=on_progress)
-    rows, supervision = build_rows(augmented), parse_supervision(augmented, fm=fm)
-    told = {"without": None, "with": supervision, "shuffled": supervision.shuffled(_SHUFFLE_SEED)}
+    trainers = {run: trainer.copy() for run in RUNS}
+    random = torch.Generator().manual_seed(_SHUFFLE_SEED)
+    kept: dict[str, list[npt.NDArray[Any]]] = {}
+    for batch in batches:
+        index_BF, label_B, said = build_indices(batch.categories_BC.numpy()), batch.labels[LABEL_COLUMN], batch.fms[fm]
+        logit_B, present_B = said.logits[LABEL_COLUMN], said.present_B
+        order_B = torch.randperm(len(batch), generator=random)
+        told = {"without": None, "with": (logit_B, present_B), "shuffled": (logit_B[order_B], present_B[order_B])}
+        found: dict[str, Any] = {run: trainers[run].train_batch(index_BF, label_B, told[run]) for run in RUNS}
+        found |= {"event_time": batch.event_time_B, "label": label_B, "teacher": logit_B, "present": present_B}
+        for name, values in found.items():
+            kept.setdefault(name, []).append(np.asarray(values))
+        if on_progress is not None:
+            on_progress(len(RUNS) * len(batch))
+    if not kept:
+        raise ValueError(f"student {student!r} has no closed rows to train on")
+    columns = {name: np.concatenate(parts) for name, parts in kept.items()}
     return StudentRuns(
-        weeks=augmented["week"].to_numpy(),
-        labels=rows.labels.numpy(),
-        logits={run: trainer.copy().train(rows, told[run], on_progress=on_progress) for run in RUNS},
+        event_times=columns["event_time"],
+        weeks=np.zeros(len(columns["label"]), np.int64),
+        labels=columns["label"],
+        teacher_logits=columns["teacher"],
+        present=columns["present"],
+        logits={run: columns[run] for run in RUNS},
     )
 
 
@@ -229,15 +281,14 @@ def build_rows(table: pa.Table) -> Rows:
     if np.any(np.diff(time_B) < 0):
         raise ValueError("a student's rows are not in the order of event_time")
     return Rows(
-        indices=_build_indices(table),
+        indices=build_indices(build_tensors(table, (_INPUT,))[_INPUT.tensor].numpy()),
         labels=torch.from_numpy(table[LABEL_COLUMN].to_numpy().copy()),
         event_times=time_B,
     )
 
 
-def _build_indices(table: pa.Table) -> Tensor:
-    """Give int32 (B, F): each id's hash, then each cross's, the hash of its two ids' hashes."""
-    id_BF = build_tensors(table, (_INPUT,))[_INPUT.tensor].numpy()
+def build_indices(id_BF: npt.NDArray[np.int64]) -> Tensor:
+    """Give int32 (B, F): each id's hash, as it is, then each cross's, the hash of its two ids' hashes."""
     index_BF = np.empty((len(id_BF), _NUM_INDICES), np.int32)
     index_BF[:, : len(_IDS)] = id_BF
     for place, names in enumerate(_CROSSES, start=len(_IDS)):
@@ -245,12 +296,3 @@ def _build_indices(table: pa.Table) -> Tensor:
         hash_B = xxh64_int64((left_B << _BITS) | right_B, feature_seed("*".join(names)))
         index_BF[:, place] = hash_B & np.uint64((1 << _BITS) - 1)
     return torch.from_numpy(index_BF)
-
-
-def parse_supervision(augmented: pa.Table, *, fm: str) -> Supervision:
-    """Give what the service appended to a student's table."""
-    present = pc.equal(augmented[f"{fm}__status"].cast(pa.string()), "present")
-    return Supervision(
-        logits=torch.from_numpy(augmented[f"{fm}__{LABEL_COLUMN}__logit"].to_numpy().copy()),
-        present=torch.from_numpy(present.to_numpy().copy()),
-    )

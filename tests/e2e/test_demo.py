@@ -25,7 +25,18 @@ pytestmark = pytest.mark.usefixtures("demo")
 
 def start(folder: Path) -> "subprocess.Popen[str]":
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DAS_")}
-    command = [sys.executable, "-m", "das_service.cli", "demo", "--weeks", "3", "--folder", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "das_service.cli",
+        "demo",
+        "--weeks",
+        "3",
+        "--rotate-weeks",
+        "2",
+        "--folder",
+        str(folder),
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -72,19 +83,34 @@ def test_a_recount_of_the_kept_folder_gives_the_same_numbers(demo: dict[str, Any
     assert {path.stem for path in (folder / "metrics").glob("*.txt")} >= {"api", "worker", "sink"}
 
 
+def test_labels_come_late_and_the_teacher_is_renewed_from_what_closed(demo: dict[str, Any], folder: Path) -> None:
+    tables = folder / "service" / "tables" / "complete_journey"
+    assert demo["snapshots"] == 2
+    assert set(column(tables / "supervision" / "teacher", "snapshot_id")) == {"weeks-1-26", "weeks-1-28"}
+    late = column(tables / "late_labels", "example_id")
+    assert demo["late_labels"] == len(late) > 0
+    assert set(late) <= set(column(tables / "closed", "example_id"))
+    assert 0 < demo["freshness_gap_seconds"]["p50"] < demo["freshness_gap_seconds"]["p95"] < 21 * 86_400
+
+
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_student_s_numbers_are_those_of_its_kept_table(demo: dict[str, Any], folder: Path, place: int) -> None:
+def test_a_student_s_numbers_are_those_of_its_closed_rows(demo: dict[str, Any], folder: Path, place: int) -> None:
     vm = demo["vms"][place]
     kept = pq.read_table(folder / "students" / f"{vm['name']}.parquet")
-    weeks = [pq.read_table(path) for path in sorted((folder / "weeks").glob("week_*.parquet"))[26:]]
-    own = [example for week in weeks for example in week.filter(pc.field(vm["name"]) != "0")["example_id"].to_pylist()]
-    assert kept["example_id"].to_pylist() == own
-    assert set(kept["teacher__status"].to_pylist()) == {"present"}
+    tables = folder / "service" / "tables" / "complete_journey"
+    own = {
+        example
+        for path in (folder / "weeks").glob("week_*.parquet")
+        for example in pq.read_table(path, filters=pc.field(vm["name"]) != "0")["example_id"].to_pylist()
+    }
+    closed = [example for example in column(tables / "closed", "example_id") if example in own]
+    assert vm["rows"] == len(kept) == len(closed)
+    assert kept["teacher_logit"].null_count == 0
     label = kept["purchase"].to_numpy()
     runs = {run: kept[f"logit_{run}"].to_numpy() for run in ("without", "with", "shuffled")}
     assert vm == {
         "name": vm["name"],
-        "rows": len(own),
+        "rows": len(kept),
         **{f"ne_{run}": normalized_entropy(logit, label) for run, logit in runs.items()},
         **{f"auc_{run}": auc(runs[run], label) for run in ("without", "with")},
     }

@@ -9,6 +9,9 @@ from experiments.students import StudentRuns
 
 HALF = np.zeros(4, np.float32)  # a probability of 1/2, all that is known where half of the labels are 1
 RUNS = StudentRuns(
+    event_times=np.arange(4),
+    teacher_logits=HALF,
+    present=np.ones(4, np.bool_),
     weeks=np.array([27, 27, 28, 28]),
     labels=np.array([0, 1, 0, 1], np.float32),
     logits={"without": HALF, "with": np.array([-40, 40, 0, 0], np.float32), "shuffled": -HALF},

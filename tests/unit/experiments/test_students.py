@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,29 +12,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments import students
 from experiments.complete_journey import WeekFile
 from experiments.students import (
     RUNS,
     STUDENTS,
     Rows,
     StudentRuns,
-    Supervision,
     Trainer,
     build_rows,
     count_trained,
-    parse_supervision,
     read_table,
     train_students,
 )
 from experiments.teacher import torch_settings
+from vm_training.layout import read_layout
+from vm_training.tensors import Batch, build_batch
 
 
-def _augment(table: pa.Table, *, status: str = "present") -> pa.Table:
-    """Append the columns that the service appends, with a logit that is the product's own."""
+def _batches(table: pa.Table, *, status: str = "present", rows: int = 2_048) -> list[Batch]:
+    """The table as the service's training batches, with a logit that is the product's own."""
     logit = pa.array(np.sin(table["product_id"].to_numpy()).astype(np.float32) - 2)
     logit = pc.if_else(status == "present", logit, pa.scalar(None, pa.float32()))
-    statuses = pa.array([status] * len(table)).dictionary_encode()
-    return table.append_column("teacher__status", statuses).append_column("teacher__purchase__logit", logit)
+    codes = pa.array([status] * len(table)).dictionary_encode()
+    served = table.drop_columns(["week"]).append_column("teacher__status", codes)
+    served = served.append_column("teacher__purchase__logit", logit).combine_chunks()
+    parts = [served.slice(start, rows).to_batches()[0] for start in range(0, len(served), rows)]
+    return [build_batch(part, read_layout(part.schema), buckets=1 << 20) for part in parts]
 
 
 def _weights(trainer: Trainer) -> list[bytes]:
@@ -57,14 +62,15 @@ def rows(table: pa.Table) -> Rows:
     return build_rows(table)
 
 
-@pytest.fixture(scope="module")
-def supervision(table: pa.Table) -> Supervision:
-    return parse_supervision(_augment(table), fm="teacher")
+def _train(paths: list[Path], table: pa.Table, **options: Any) -> dict[str, StudentRuns]:
+    """Both students on their rows of the table."""
+    own = {name: table.filter(pc.field(name) != "0") for name in STUDENTS}
+    return train_students(paths[:1], paths, open_batches=lambda name: _batches(own[name], **options), fm="teacher")
 
 
 @pytest.fixture(scope="module")
 def runs(paths: list[Path], table: pa.Table) -> StudentRuns:
-    return train_students(paths[:1], {"display": _augment(table)}, fm="teacher")["display"]
+    return _train(paths, table)["display"]
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -114,35 +120,15 @@ def test_a_copy_goes_on_as_the_trainer_would_and_shares_nothing_with_it(rows: Ro
 
 
 @pytest.mark.usefixtures("settings")
-def test_the_supervision_of_a_row_reaches_the_rows_after_it(rows: Rows, supervision: Supervision) -> None:
-    start = Trainer()
-    alone, taught = start.copy().train(rows), start.copy().train(rows, supervision)
-    same = alone == taught
-    assert 1000 < same.argmin() < 4000  # the first batch, and no more
-    assert not same[4000:].all()
+def test_a_batch_s_ids_and_crosses_are_those_of_the_files(table: pa.Table, rows: Rows) -> None:
+    (batch,) = _batches(table, rows=len(table))
+    assert torch.equal(students.build_indices(batch.categories_BC.numpy()), rows.indices)
 
 
-@pytest.mark.usefixtures("settings")
-def test_rows_without_supervision_train_on_their_labels_alone(table: pa.Table, rows: Rows) -> None:
-    missing = parse_supervision(_augment(table, status="missing"), fm="teacher")
-    start = Trainer()
-    assert np.array_equal(start.copy().train(rows, missing), start.copy().train(rows))
-
-
-def test_a_supervision_is_present_by_its_status(table: pa.Table) -> None:
-    augmented = _augment(table)
-    supervision = parse_supervision(augmented, fm="teacher")
-    assert supervision.present.all()
-    assert supervision.logits.tolist() == augmented["teacher__purchase__logit"].to_pylist()
-    assert not parse_supervision(_augment(table, status="leaky"), fm="teacher").present.any()
-
-
-def test_shuffled_supervision_is_the_same_on_other_rows() -> None:
-    logits = torch.arange(1000, dtype=torch.float32)
-    shuffled = Supervision(logits=logits, present=logits < 300).shuffled(0)
-    assert torch.equal(shuffled.logits.sort().values, logits)
-    assert torch.equal(shuffled.present, shuffled.logits < 300)
-    assert (shuffled.logits != logits).float().mean() > 0.9
+def test_rows_without_supervision_train_on_their_labels_alone(paths: list[Path], table: pa.Table) -> None:
+    found = _train(paths, table, status="leaky")["display"]
+    assert not found.present.any()
+    assert np.array_equal(found.logits["with"], found.logits["without"])
 
 
 def test_all_runs_of_a_student_start_alike_and_then_part(runs: StudentRuns) -> None:
@@ -153,26 +139,42 @@ def test_all_runs_of_a_student_start_alike_and_then_part(runs: StudentRuns) -> N
 
 
 def test_the_first_weeks_are_trained_on_before(paths: list[Path], runs: StudentRuns, table: pa.Table) -> None:
+    own = build_rows(table.filter(pc.field("display") != "0"))
     with torch_settings(seed=0, num_threads=1):
         trainer = Trainer()
         trainer.train(build_rows(read_table(paths[:1], student="display")))
-        assert np.array_equal(trainer.train(build_rows(table)), runs.logits["without"])
+        parts = [slice(start, start + 2_048) for start in range(0, len(own.labels), 2_048)]
+        logits = [trainer.train_batch(own.indices[part], own.labels[part]) for part in parts]
+    assert np.array_equal(np.concatenate(logits), runs.logits["without"])
 
 
-def test_two_students_side_by_side_are_what_each_is_alone(paths: list[Path], table: pa.Table) -> None:
-    tables = {name: _augment(table.filter(pc.field(name) != "0")) for name in STUDENTS}
-    together, again = (train_students(paths[:1], tables, fm="teacher") for _ in range(2))
+def test_two_students_side_by_side_give_the_same_each_time(paths: list[Path], table: pa.Table) -> None:
+    together, again = (_train(paths, table) for _ in range(2))
     for name in STUDENTS:
-        assert len(together[name].labels) == len(together[name].weeks) == len(tables[name])
+        assert len(together[name].labels) == len(together[name].weeks)
         assert all(np.array_equal(together[name].logits[run], again[name].logits[run]) for run in RUNS)
 
 
-def test_progress_adds_up_to_the_rows_of_all_runs(paths: list[Path], table: pa.Table) -> None:
-    augmented = {"display": _augment(table)}
+def test_a_row_s_week_is_that_of_its_file(runs: StudentRuns) -> None:
+    assert set(runs.weeks.tolist()) == {20}
+
+
+def test_progress_adds_up_to_the_rows_of_all_runs(paths: list[Path]) -> None:
     reported: list[int] = []
-    train_students(paths[:1], augmented, fm="teacher", on_progress=reported.append)
-    first = len(read_table(paths[:1], student="display"))
-    assert sum(reported) == count_trained(paths[:1], augmented) == first + 3 * len(table)
+    own = {name: read_table(paths[:1], student=name) for name in STUDENTS}
+    train_students(
+        paths[:1],
+        paths[:1],
+        open_batches=lambda name: _batches(own[name]),
+        fm="teacher",
+        on_progress=reported.append,
+    )
+    assert sum(reported) == count_trained(paths[:1], paths[:1])
+
+
+def test_a_student_without_rows_says_so(paths: list[Path], table: pa.Table) -> None:
+    with pytest.raises(ValueError, match="no closed rows"):
+        _train(paths, table.slice(0, 0))
 
 
 def test_rows_out_of_order_are_refused(table: pa.Table) -> None:
