@@ -85,6 +85,13 @@ class Shadower:
         shadow = self.shadow
         if shadow is None or not len(scored_rows):
             return
+        try:
+            self._take_share(shadow, partition, columns, scored_rows)
+        except Exception as error:  # noqa: BLE001 - the caller's thread is the active snapshot's
+            self._rows["failed"].inc(len(scored_rows))
+            self._note(f"rows can't be taken for the shadow: {first_line(error)}")
+
+    def _take_share(self, shadow: Shadow, partition: int, columns: pa.Table, scored_rows: NDArray[np.int64]) -> None:
         digests = columns["example_digest"].combine_chunks().take(pa.array(scored_rows))
         chosen = scored_rows[in_share(digests, shadow.share)]
         if not len(chosen):

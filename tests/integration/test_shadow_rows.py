@@ -18,7 +18,7 @@ from das_service.supervision.windows import BatchRows, iter_windows
 from das_service.tables.duck import Duck
 from schemas import keys
 from schemas.dataset import TIMESTAMP
-from schemas.entries import encode_batch, head_fields
+from schemas.entries import Position, encode_batch, head_fields
 from schemas.snapshot import scored_schema
 from tests.conftest import Server, make_settings
 from tests.feeding import DAY_US, NOON_US, OUTPUTS, Feeding, metric, names
@@ -123,6 +123,24 @@ def test_rows_are_accounted_for_while_a_shadows_lie_in_the_log(feeding: Feeding)
     assert feeding.kept_rows(records.scored_log("f")) == 0
     counted = streams.read_counters(feeding.client, "ads", range(2), [records.scored_log("f")])
     assert sum(found.kept_bytes for found in counted.values()) == 0
+
+
+def test_rows_are_counted_right_also_where_a_shadows_are_the_first_that_is_kept(feeding: Feeding) -> None:
+    kind = records.scored_log("f")
+    feeding.post_ids(0, 50)
+    feeding.read_group("f")
+    feeding.score("f", names(0, 20))
+    shadow(feeding, names(0, 20))
+    feeding.score("f", names(20, 50))
+
+    for partition in range(2):
+        committed = Position(epoch=1, seq=0)
+        assert streams.trim_log(feeding.client, "ads", partition, kind, committed=committed, groups=[])[0] == 1
+
+    assert (feeding.kept_rows(kind), counts(feeding)["pending"]) == (30, 30)
+    logs = [keys.log("ads", 0, kind)]
+    assert run_script(feeding.client, "raise_epoch", [keys.counters("ads", 0), *logs], [2, 1, kind]) == 1
+    assert feeding.kept_rows(kind) == 30
 
 
 def test_a_shadow_speaks_of_an_example_once(feeding: Feeding) -> None:
