@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from das_service.client import BatchOptions, BatchReader, Client
+from das_service.client import BatchOptions, BatchReader, Client, TableSource
 from das_service.client.http import Clock
 from vm_training.layout import Layout, read_layout
 from vm_training.prefetch import StoppedError, prefetched
@@ -50,7 +50,7 @@ class AugmentedDataset(IterableDataset[Batch]):
 
     def __init__(  # noqa: PLR0913 - what a trainer may ask for
         self,
-        source: Client | str | None,
+        source: Client | TableSource | str | None,
         dataset: str,
         *,
         cursor: str | None = None,
@@ -66,9 +66,10 @@ class AugmentedDataset(IterableDataset[Batch]):
     ) -> None:
         """Fix which rows are read: those that are closed now, or those behind `cursor`.
 
-        source: a client, or the service's url (default: DAS_API_URL). rank, world_size: default those of
-        torch.distributed where it is initialised, and then all ranks must do this together, since rank 0 tells them its
-        start; else 0 of 1. Ranks that are given by hand need the same `cursor`: the `start` of one of them.
+        source: a client, the service's url (default: DAS_API_URL), or a TableSource beside the tables.
+        rank, world_size: default those of torch.distributed where it is initialised, and then all ranks must do this
+        together, since rank 0 tells them its start; else 0 of 1. Ranks that are given by hand need the same `cursor`:
+        the `start` of one of them.
         device: where the batches shall lie; with loader workers leave it out and call batch.to(device).
         buckets: of hashed categories, one number or by feature (vm_training.tensors says what it gives).
         extend: go on behind the rows that were closed at the start, up to what is closed when they are read; follow:
@@ -80,7 +81,7 @@ class AugmentedDataset(IterableDataset[Batch]):
         """
         _refuse_options(options, prefetch=prefetch, is_going_on=extend or follow)
         self.dataset = dataset
-        self._source = source if source is not None and not isinstance(source, str) else Client(source)
+        self._source = Client(source) if source is None or isinstance(source, str) else source
         self._options = options
         self._going = "follow" if follow else "extend" if extend else "no"
         self._device = None if device is None else _with_index(torch.device(device))
@@ -230,7 +231,7 @@ class AugmentedDataset(IterableDataset[Batch]):
                     _sleep(stopped, client.FOLLOW_SECONDS)
                     held = [replace(stream, done=False) for stream in held]
 
-    def _read(self, client: Client, place: int, stream: Stream) -> Iterator[_Step]:
+    def _read(self, client: Client | TableSource, place: int, stream: Stream) -> Iterator[_Step]:
         cursor = stream.cursor
         for split in stream.splits[:-1]:
             cursor = client.batches(self.dataset, cursor=cursor, split=split).start()

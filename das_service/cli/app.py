@@ -5,6 +5,7 @@ from collections.abc import Callable
 import typer
 
 from das_service.cli.augment import augment
+from das_service.cli.batches import batches
 from das_service.cli.dataset import dataset_app
 from das_service.cli.dead_letters import dead_letters_app
 from das_service.cli.ingest import ingest, labels
@@ -39,6 +40,7 @@ def build_app() -> typer.Typer:
     app.command(rich_help_panel=_USE)(labels)
     app.command(rich_help_panel=_USE)(lookup)
     app.command(rich_help_panel=_USE)(augment)
+    app.command(rich_help_panel=_USE)(batches)
     app.add_typer(fm_app, name="fm", rich_help_panel=_USE)
     app.add_typer(snapshot_app, name="snapshot", rich_help_panel=_USE)
     for command in keep:

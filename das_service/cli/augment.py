@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from das_service.cli.folder import tables_settings
 from das_service.cli.output import AsJson, InputError, say, say_json, warn
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def augment(
         raise InputError(f"{target} is there already: choose another OUT, or say --overwrite")
     if not source.exists():
         raise InputError(f"there is no {source}")
-    settings = load_settings(None, **_where(folder))
+    settings = load_settings(None, **tables_settings(folder))
     started = time.monotonic()
     try:
         summary = _augment(settings, source, target, dataset, fm, output, max_freshness_gap_seconds)
@@ -59,20 +60,6 @@ def augment(
     except OSError as error:
         raise InputError(f"{target} can't be written: {error}") from error
     _report(summary, time.monotonic() - started, as_json=as_json)
-
-
-def _where(folder: Path | None) -> dict[str, str]:
-    from das_service.cli.folder import folder_settings
-    from das_service.up.service_folder import ServiceFolder
-
-    if folder is None:
-        return {}
-    if not ServiceFolder(folder).tables.is_dir():
-        raise InputError(f"{folder} is no folder of `das up`: there is no {ServiceFolder(folder).tables}")
-    try:
-        return folder_settings(folder)
-    except InputError:  # nothing runs on it: the tables are there all the same
-        return {"tables_uri": str(ServiceFolder(folder.absolute()).tables)}
 
 
 def _augment(

@@ -24,3 +24,21 @@ def folder_settings(root: Path | None) -> dict[str, str]:
     if "DAS_REDIS_URL" in os.environ:  # with its password, which the folder does not hold
         names.discard("redis_url")
     return {name: str(state[name]) for name in sorted(names)}
+
+
+def tables_settings(root: Path | None) -> dict[str, str]:
+    """Give where the tables of a folder of `das up` are, as settings, whether it runs or not; nothing without a folder.
+
+    Raises:
+        InputError: It is no folder of `das up`.
+    """
+    from das_service.up.service_folder import ServiceFolder
+
+    if root is None:
+        return {}
+    if not ServiceFolder(root).tables.is_dir():
+        raise InputError(f"{root} is no folder of `das up`: there is no {ServiceFolder(root).tables}")
+    try:
+        return folder_settings(root)
+    except InputError:  # nothing runs on it: the tables are there all the same
+        return {"tables_uri": str(ServiceFolder(root.absolute()).tables)}

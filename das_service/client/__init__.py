@@ -14,6 +14,7 @@ from das_service.client.errors import (
     UnreachableError,
 )
 from das_service.client.ingest import IngestResult
+from das_service.client.tables import TableSource
 from schemas.wire import TruncatedStreamError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RowError",
     "RowsRefusedError",
     "SnapshotRejectedError",
+    "TableSource",
     "TrainingBatch",
     "TruncatedStreamError",
     "UnavailableError",

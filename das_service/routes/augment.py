@@ -17,13 +17,14 @@ from das_service.door.spool import Spool, spooled
 from das_service.door.validation import refuse_differences
 from das_service.errors import InvalidRowsError
 from das_service.routes.names import DatasetName, ServiceOf
-from das_service.routes.supervision import Fms, Gap, OutputNames, names_of, plain_rows
+from das_service.routes.supervision import Fms, Gap, OutputNames, plain_rows
 from das_service.service import Service
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
 from das_service.supervision.answer_size import THINNER, bytes_per_row, refuse_large_answer, refuse_large_echo
 from das_service.supervision.augment import Upload, answer_schema, iter_augmented, open_upload
 from das_service.supervision.augment_body import AugmentBody, Echo, parse_augment_json
 from das_service.supervision.join import OfflineJoin, window_rows
+from das_service.supervision.lookup_body import names_of
 from schemas.wire import ARROW_STREAM, JSON, iter_stream_parts
 
 router = APIRouter(tags=["supervision"])

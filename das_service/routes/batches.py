@@ -2,81 +2,31 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field
 from starlette.types import Receive, Scope, Send
 
 from das_service.batches.as_of import refuse_open_as_of
-from das_service.batches.bounds import start_cursor
-from das_service.batches.cursor import Cursor, decode_cursor, encode_cursor
-from das_service.batches.filters import FilterError, checked_filter, parse_filter
-from das_service.batches.query import BATCH_ROWS, MOST_BATCH_ROWS, BatchQuery, all_columns, refuse_unknown
-from das_service.batches.shards import common_block, parse_shard
-from das_service.batches.stream import BatchStream, Going, Reading, split_cursor
+from das_service.batches.cursor import encode_cursor
+from das_service.batches.query import BatchQuery
+from das_service.batches.request import BatchParameters, open_stream, refuse_endless
+from das_service.batches.stream import BatchStream, Reading
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type
 from das_service.door.openapi import problems
-from das_service.errors import BadRequestError
 from das_service.registry import Catalog
 from das_service.routes.names import DatasetName, ServiceOf
-from das_service.routes.supervision import names_of, plain_rows
+from das_service.routes.supervision import plain_rows
 from das_service.service import Service
-from das_service.supervision.answer import EmbeddingFormat
 from schemas.wire import ARROW_STREAM, JSON
 
 router = APIRouter(tags=["batches"])
 _POLL_SECONDS = 0.5
 _JSON_ROWS, _MOST_JSON_ROWS = 1_000, 65_536
-_MOST_CURSOR = 60_000
-
-
-def _no_number(value: object) -> object:
-    """Refuse what pydantic would take for seconds since 1970."""
-    if isinstance(value, str) and "-" in value[1:]:
-        return value
-    raise ValueError("give a time as 2024-05-01T12:00:00Z")
-
-
-_Time = Annotated[AwareDatetime, BeforeValidator(_no_number)]
-_DAY_ONE = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class BatchParameters(BaseModel):
-    """The query parameters of a reader. Lists are repeated or separated by commas."""
-
-    fms: list[str] = Field([], description="FMs; none: labels alone.")
-    outputs: list[str] | None = Field(None, description="Tasks and embeddings wanted of the FMs; default all.")
-    columns: list[str] | None = Field(
-        None,
-        description="Features and tasks wanted, also ready_seq, closed_at, received_at, is_late; default: all features "
-        "and tasks.",
-    )
-    embedding_format: EmbeddingFormat = "float16"
-    max_freshness_gap_seconds: float | None = Field(
-        None, ge=0, le=1e12, allow_inf_nan=False, description="A larger freshness gap is `stale`."
-    )
-    snapshot: list[str] = Field([], description="The only snapshot that counts: its id, or fm:id.")
-    filter: str | None = Field(None, description='Conditions: [["display","!=","0"],["hour","in",[8,9]]].')
-    since: _Time | None = Field(None, alias="from", description="First event_time, RFC 3339.")
-    until: _Time | None = Field(None, alias="to", description="event_time before this, RFC 3339.")
-    as_of: _Time | None = Field(None, description="Only what was closed and scored by then.")
-    batch_rows: int = Field(BATCH_ROWS, ge=1, le=MOST_BATCH_ROWS, description="Rows of a batch.")
-    shard: str | None = Field(None, max_length=32, description="Part i of n, as i/n.")
-    split: str | None = Field(None, max_length=32, description="Part j of m of what the cursor has left, as j/m.")
-    cursor: str | None = Field(None, max_length=_MOST_CURSOR, description="Where to go on.")
-    follow: bool = Field(default=False, description="Go on behind the bounds, and wait for rows to close.")
-    extend: bool = Field(default=False, description="Go on behind the cursor's bounds, up to what is closed now.")
-    max_rows: int | None = Field(None, ge=0, description="End with the batch that reaches this.")
-
-    @property
-    def going(self) -> Going:
-        """How to go on behind the bounds."""
-        return "follow" if self.follow else "extend" if self.extend else "no"
 
 
 @router.get(
@@ -105,7 +55,7 @@ async def get_batches(
     disjoint and complete. The schema's metadata carries the cursor before the first row.
     """
     wanted = answer_type(request, ARROW_STREAM, JSON)
-    _refuse_endless(asked, as_json=wanted == JSON)
+    refuse_endless(asked, as_json=wanted == JSON)
     async with AsyncExitStack() as held:
         held.enter_context(service.readers.hold())
         stream = await service.in_page_thread(_open, service, dataset, asked)
@@ -147,16 +97,6 @@ async def _in_threads(service: Service, first: bytes | None, parts: Iterator[byt
 
 
 def _open(service: Service, dataset: str, asked: BatchParameters) -> BatchStream:
-    """Check what is asked; give the stream, of which nothing is read yet."""
-    catalog = service.catalog.current()
-    spec = catalog.spec(dataset)
-    if asked.cursor is None:
-        cursor = _start(service, catalog, dataset, asked)
-    else:
-        cursor = decode_cursor(asked.cursor, dataset=dataset, partitions=spec.partitions)
-        _refuse_changes(cursor, _query(catalog, dataset, asked), asked)
-    if asked.split is not None:
-        cursor = split_cursor(cursor, asked.split)
     reading = Reading(
         duck=service.duck,
         pool=service.page_pool,
@@ -165,106 +105,11 @@ def _open(service: Service, dataset: str, asked: BatchParameters) -> BatchStream
         budget=service.page_budget,
         count=service.coverage.count_all,
     )
-    return BatchStream(reading, cursor, going=asked.going)
 
-
-def _start(service: Service, catalog: Catalog, dataset: str, asked: BatchParameters) -> Cursor:
-    """Give the cursor before the first row."""
-    query = _query(catalog, dataset, asked)
-    refuse_unknown(catalog, dataset, query)
-    if asked.as_of is not None:
+    def settle(catalog: Catalog, query: BatchQuery) -> None:
         refuse_open_as_of(service.client, service.tables, catalog, dataset, query, now=datetime.now(UTC))
-    partitions = catalog.spec(dataset).partitions
-    try:
-        chain = [] if asked.shard is None else [parse_shard(asked.shard, block=common_block(partitions))]
-    except ValueError as error:
-        raise BadRequestError(str(error), code="shard_invalid") from None
-    return start_cursor(service.tables, catalog, dataset, query, chain=chain)
 
-
-def _query(catalog: Catalog, dataset: str, asked: BatchParameters) -> BatchQuery:
-    """Give what the parameters ask for; not yet checked against the dataset."""
-    try:
-        conditions = parse_filter(asked.filter) if asked.filter is not None else []
-        return BatchQuery(
-            fms=names_of(asked.fms),
-            outputs=None if asked.outputs is None else names_of(asked.outputs),
-            embedding_format=asked.embedding_format,
-            max_freshness_gap_seconds=asked.max_freshness_gap_seconds,
-            pinned=_pins(asked),
-            columns=all_columns(catalog.spec(dataset)) if asked.columns is None else names_of(asked.columns),
-            conditions=checked_filter(catalog.spec(dataset), conditions),
-            from_us=_microseconds(asked.since),
-            to_us=_microseconds(asked.until),
-            as_of_us=_microseconds(asked.as_of),
-            batch_rows=asked.batch_rows,
-        )
-    except FilterError as error:
-        raise BadRequestError(f"filter: {error}", code="filter_invalid") from None
-
-
-def _pins(asked: BatchParameters) -> dict[str, str]:
-    """Give the snapshot of each FM that one is named for, as `id` where one FM is asked, or as `fm:id`.
-
-    Raises:
-        BadRequestError: snapshot_invalid.
-    """
-    pins = {}
-    fms = names_of(asked.fms)
-    for text in names_of(asked.snapshot):
-        fm, colon, snapshot_id = text.partition(":")
-        if not colon and len(fms) != 1:
-            raise BadRequestError(
-                f"snapshot={text}: say of which FM it is, as fm:id, where fms= does not name one FM alone",
-                code="snapshot_invalid",
-            )
-        pins[fm if colon else fms[0]] = snapshot_id if colon else text
-    return pins
-
-
-def _microseconds(at: datetime | None) -> int | None:
-    return None if at is None else (at - _DAY_ONE) // timedelta(microseconds=1)
-
-
-_OF_QUERY = {
-    "fms": "fms", "outputs": "outputs", "columns": "columns", "embedding_format": "embedding_format",
-    "max_freshness_gap_seconds": "max_freshness_gap_seconds", "snapshot": "pinned", "filter": "conditions",
-    "since": "from_us", "until": "to_us", "as_of": "as_of_us", "batch_rows": "batch_rows",
-}  # fmt: skip
-
-
-def _refuse_changes(cursor: Cursor, query: BatchQuery, asked: BatchParameters) -> None:
-    """Raise if a parameter says other than the cursor does.
-
-    Raises:
-        BadRequestError: cursor_invalid.
-    """
-    mine, theirs, given = cursor.query.model_dump(mode="json"), query.model_dump(mode="json"), asked.model_fields_set
-    changed = [name for name, field in _OF_QUERY.items() if name in given and mine[field] != theirs[field]]
-    if asked.shard is not None and asked.shard not in {f"{part.number}/{part.total}" for part in cursor.chain[:1]}:
-        changed.append("shard")
-    if changed:
-        raise BadRequestError(
-            f"the cursor was made with another {', '.join(changed)}: leave out what it says, or start without it",
-            code="cursor_invalid",
-        )
-
-
-def _refuse_endless(asked: BatchParameters, *, as_json: bool) -> None:
-    """Raise if what is asked for can't end, or can't go on.
-
-    Raises:
-        BadRequestError: malformed.
-    """
-    going_on = "follow" if asked.going == "follow" else "extend"
-    if asked.going != "no" and (asked.as_of is not None or asked.until is not None):
-        raise BadRequestError(f"{going_on} goes on with what closes later: leave out as_of and to")
-    if asked.going == "follow" and as_json:
-        raise BadRequestError("follow is an Arrow stream: leave out Accept, or ask for pages with cursor")
-    if asked.going == "extend" and asked.cursor is None:
-        raise BadRequestError("extend goes on behind a cursor: give one")
-    if asked.split is not None and asked.cursor is None:
-        raise BadRequestError("split shares what a cursor has left: give one, or ask for a shard", code="shard_invalid")
+    return open_stream(reading, dataset, asked, settle=settle)
 
 
 def _as_json(stream: BatchStream, max_rows: int | None) -> Response:

@@ -23,7 +23,7 @@ from das_service.service import Service
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
 from das_service.supervision.answer_size import refuse_large_answer
 from das_service.supervision.lookup import Found, Rows, UnknownSnapshotNumberError, lookup_rows
-from das_service.supervision.lookup_body import LookupBody, parse_lookup_arrow, parse_lookup_json
+from das_service.supervision.lookup_body import LookupBody, names_of, parse_lookup_arrow, parse_lookup_json
 from schemas.wire import ARROW_STREAM, JSON, write_stream
 
 router = APIRouter(tags=["supervision"])
@@ -103,11 +103,6 @@ class _Answer(Response):
                 await send({"type": "http.response.body", "body": rest[:_PIECE_BYTES], "more_body": True})
                 rest = rest[_PIECE_BYTES:]
             await send({"type": "http.response.body", "body": rest, "more_body": False})
-
-
-def names_of(values: list[str]) -> tuple[str, ...]:
-    """Give names that came repeated or separated by commas, each once."""
-    return tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))
 
 
 def _answer(

@@ -110,3 +110,8 @@ def parse_lookup_arrow(body: bytes, limits: BodyLimits) -> Rows:
 def _bound(num_ids: int, limits: BodyLimits) -> None:
     if num_ids > limits.max_rows:
         raise TooLargeError(f"the body has {num_ids} ids; a request may have {limits.max_rows}")
+
+
+def names_of(values: list[str]) -> tuple[str, ...]:
+    """Give names that came repeated or separated by commas, each once."""
+    return tuple(dict.fromkeys(name for value in values for name in value.split(",") if name))

@@ -1,45 +1,26 @@
 """The loader over a real service: every row once, in every way of going on, as the tensors of the rows themselves."""
 
 import json
-import multiprocessing
 import pickle
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from das_service.client import Client, DasClientError
+from das_service.client import Client, DasClientError, TableSource
+from das_service.up.embedded import free_port
+from tests.loading import ids_of, latest, loading, ranks_of, read_some, served
 from tests.served import serve_over_tcp
 from tests.training import Trained, at, click_of, example, expected_order
-from vm_training import AugmentedDataset, Batch
+from vm_training import AugmentedDataset
 
 ROWS = 600
-
-
-@contextmanager
-def served(trained: Trained) -> Iterator[str]:
-    with serve_over_tcp(trained.api.settings) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
-def loading(url: str, **options: Any) -> AugmentedDataset:
-    return AugmentedDataset(url, "stream", **{"fms": ["f"], "batch_rows": 16, "with_ids": True, **options})
-
-
-def ids_of(batches: Iterable[Batch]) -> list[str]:
-    return [name for batch in batches for name in batch.example_ids.to_pylist()]
-
-
-def latest(ids: Iterable[str]) -> datetime:
-    return max(example(int(name[1:]))["event_time"] for name in ids) + timedelta(microseconds=1)
 
 
 # ---- what a batch holds
@@ -137,21 +118,6 @@ def test_state_is_json_behind_the_last_batch_that_was_handed_out(trained: Traine
         assert ids_of(other) == expected_order(trained)  # and then the next epoch
 
 
-def read_some(readers: list[AugmentedDataset], cuts: list[int]) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Let each reader hand out so many batches; give their ids and their states."""
-    with ExitStack() as stack:
-        ids = []
-        for reader, cut in zip(readers, cuts, strict=True):
-            batches = iter(reader)
-            stack.callback(batches.close)
-            ids.append(ids_of(islice(batches, cut)))
-        return ids, [reader.state_dict() for reader in readers]
-
-
-def ranks_of(url: str, start: str, world_size: int) -> list[AugmentedDataset]:
-    return [loading(url, cursor=start, rank=rank, world_size=world_size) for rank in range(world_size)]
-
-
 @given(
     runs=st.lists(
         st.integers(1, 4).flatmap(lambda size: st.lists(st.integers(0, 12), min_size=size, max_size=size)),
@@ -189,13 +155,14 @@ def check_same_size(url: str, start: str, whole: list[list[list[str]]], cuts: li
     states: list[dict[str, Any]] = []
     found: list[list[list[str]]] = [[], [], []]
     for run in range(times + 1):
-        for rank, reader in enumerate(ranks_of(url, start, 3)):
+        readers = ranks_of(url, start, 3)
+        for rank, reader in enumerate(readers):
             if states:
                 reader.load_state_dict(states if run % 2 else states[rank])
             batches = iter(reader)
             found[rank] += [ids_of([batch]) for batch in (islice(batches, cuts[rank]) if run < times else batches)]
             batches.close()
-            states = [*states[:rank], reader.state_dict(), *states[rank + 1 :]]
+        states = [reader.state_dict() for reader in readers]
     assert found == whole
 
 
@@ -227,45 +194,6 @@ def test_a_state_of_other_rows_is_refused(trained: Trained) -> None:
             next(iter(dataset))
 
 
-# ---- loaders around it
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_plain_data_loader_gets_every_row_once(trained: Trained, workers: int) -> None:
-    trained.close(0, 300)
-    with served(trained) as url:
-        dataset = loading(url)
-        context = multiprocessing.get_context("spawn") if workers else None
-        loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
-        epochs = [ids_of(loader) for _ in range(2)]
-        through = dataset.trained_through
-    assert [sorted(ids) for ids in epochs] == [sorted(expected_order(trained))] * 2
-    assert through == latest(expected_order(trained))
-
-
-def test_loader_workers_go_on_from_states_of_another_number_once(trained: Trained) -> None:
-    trained.close(0, 300)
-    with served(trained) as url:
-        first = loading(url)
-        readers = ranks_of(url, first.start, 3)
-        parts, states = read_some(readers, [1, 4, 2])
-        first.load_state_dict(states)
-        loader = DataLoader(first, batch_size=None, num_workers=2, multiprocessing_context="spawn")
-        rest = ids_of(loader)
-        whole = ids_of(loader)
-    assert sorted([name for part in parts for name in part] + rest) == sorted(expected_order(trained))
-    assert sorted(whole) == sorted(expected_order(trained))
-
-
-def test_state_is_not_asked_of_a_dataset_whose_workers_have_it(trained: Trained) -> None:
-    trained.close(0, 100)
-    with served(trained) as url:
-        dataset = loading(url)
-        ids_of(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
-        with pytest.raises(RuntimeError, match="StatefulDataLoader"):
-            dataset.state_dict()
-
-
 def test_a_dataset_pickles_with_its_state(trained: Trained) -> None:
     trained.close(0, 100)
     with served(trained) as url:
@@ -274,6 +202,55 @@ def test_a_dataset_pickles_with_its_state(trained: Trained) -> None:
         dataset.load_state_dict(state)
         copy = pickle.loads(pickle.dumps(dataset))
         assert ids_of(copy) == expected_order(trained)[32:]
+
+
+# ---- beside the tables
+
+
+def test_the_tables_give_the_same_batches_and_cursors_as_the_service(trained: Trained) -> None:
+    trained.close(0, 300)
+    folder = Path(trained.api.settings.tables_uri).parent
+    with served(trained) as url, Client(url) as client:
+        tables = TableSource(folder)
+        asked: dict[str, Any] = {
+            "fms": "f",
+            "filter": [["price", "<", 250]],
+            "batch_rows": 32,
+            "since": at(90),
+            "embedding_format": "encoded",
+        }
+        start = client.batches("stream", **asked).start()
+        assert tables.batches("stream", **asked).start() == start
+        for part in ({}, {"split": "1/2"}, {"max_rows": 40}):
+            over_http = [(b.cursor, b.rows) for b in client.batches("stream", cursor=start, **part)]
+            assert [(b.cursor, b.rows) for b in tables.batches("stream", cursor=start, **part)] == over_http
+        sources = (url, tables)
+        readers = [
+            AugmentedDataset(source, "stream", cursor=start, rank=rank, world_size=2, with_ids=True)
+            for rank, source in enumerate(sources)
+        ]
+        parts, states = read_some(readers, [3, 2])
+        rest = loading_tables(tables, start)
+        rest.load_state_dict(states)
+        ids = [name for part in parts for name in part] + ids_of(rest)
+    assert sorted(ids) == sorted(ids_of(loading_tables(tables, start)))
+
+
+def loading_tables(tables: TableSource, cursor: str) -> AugmentedDataset:
+    return AugmentedDataset(tables, "stream", cursor=cursor, with_ids=True)
+
+
+def test_the_tables_are_read_while_no_service_and_no_server_runs(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.close(0, 100)
+    folder = Path(trained.api.settings.tables_uri).parent
+    monkeypatch.setenv("DAS_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+    assert ids_of(loading(TableSource(folder))) == expected_order(trained)
+    with pytest.raises(DasClientError, match="as_of can't be settled: the server of the logs can't be reached"):
+        loading(TableSource(folder), as_of=at(0))
+    with pytest.raises(DasClientError, match="has no column price2"):
+        loading(TableSource(folder), columns=["price2"])
 
 
 # ---- how far it has seen
