@@ -123,7 +123,7 @@ class Read:
         self.content = content
         marked = list(iter_marked(content))
         self.batches = [batch for batch, _ in marked]
-        self.cursors = [marks[CURSOR_KEY].decode() for _, marks in marked]
+        self.cursors = [marks[CURSOR_KEY].decode() for _, marks in marked if CURSOR_KEY in marks]
         self.schema = pa.ipc.open_stream(content).schema
         self.start = self.schema.metadata[CURSOR_KEY].decode()
         self.table = pa.Table.from_batches(self.batches, schema=self.batches[0].schema)

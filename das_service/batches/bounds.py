@@ -8,6 +8,7 @@ import redis
 from das_service.batches.cursor import Cursor, FmBounds
 from das_service.batches.query import BatchQuery
 from das_service.batches.shards import Shard
+from das_service.errors import DasError
 from das_service.folder import Folder
 from das_service.logs.records import Mark, dead_log, read_mark, ready_name, scored_log, table_of_log
 from das_service.logs.streams import LogCounters, read_counters
@@ -46,6 +47,21 @@ def closed_ends(folder: Folder, dataset: str, partitions: int) -> tuple[int, ...
     mark = read_mark(folder, dataset, CLOSED)
     numbers: Mapping[str, int] = {} if mark is None else mark.numbers
     return tuple(numbers.get(ready_name(partition), 0) for partition in range(partitions))
+
+
+def refuse_beyond(folder: Folder, cursor: Cursor) -> None:
+    """Refuse a cursor that is about rows which the tables do not have, as after a restore of older ones.
+
+    Raises:
+        DasError: 410, cursor_expired.
+    """
+    ends = closed_ends(folder, cursor.dataset, len(cursor.end))
+    if any(map(int.__gt__, cursor.end, ends)):
+        raise DasError(
+            "the cursor is about rows that the tables do not hold: were older ones put back? start again without it",
+            code="cursor_expired",
+            http_status=410,
+        )
 
 
 def _fm_bounds(folder: Folder, catalog: Catalog, dataset: str, fms: Sequence[str]) -> dict[str, FmBounds]:

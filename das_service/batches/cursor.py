@@ -7,10 +7,11 @@ opaque to callers, and it is not secret and not signed: what it holds is checked
 
 import base64
 import binascii
+import math
 import zlib
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from das_service.batches.query import BatchQuery
 from das_service.batches.shards import Shard
@@ -20,6 +21,7 @@ FORMAT = 1
 _MOST_BYTES = 4 * 1024 * 1024
 _MOST_PARTITIONS = 1024
 _MOST_SHARDS = 64
+_MOST_PARTS = 1 << 20
 _Seqs = Annotated[
     tuple[Annotated[int, Field(ge=-1, lt=1 << 63)], ...], Field(min_length=1, max_length=_MOST_PARTITIONS)
 ]
@@ -46,6 +48,12 @@ class Cursor(BaseModel):
     low: _Seqs
     end: _Seqs
     chain: Annotated[tuple[Shard, ...], Field(max_length=_MOST_SHARDS)] = ()
+
+    @model_validator(mode="after")
+    def _is_dealt_out_sensibly(self) -> Self:
+        if math.prod(shard.total for shard in self.chain) > _MOST_PARTS:
+            raise ValueError(f"a dataset may be dealt out to {_MOST_PARTS} readers")
+        return self
 
     @property
     def is_done(self) -> bool:

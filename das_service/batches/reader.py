@@ -8,6 +8,7 @@ from das_service.batches.cursor import Cursor
 from das_service.batches.pages import Page
 from das_service.batches.shards import owned_ranges
 
+_MOST_SPAN = 8
 MarkedBatch = tuple[pa.RecordBatch, Cursor]
 
 
@@ -20,6 +21,10 @@ def iter_ranges(cursor: Cursor, page_rows: Callable[[], int]) -> Iterator[list[t
         at = start
         while at < stop:
             taken = min(stop - at, most - seqs)
+            if held and at + taken - held[0][0] > _MOST_SPAN * most:  # what lies between is read too
+                yield held
+                held, seqs, most = [], 0, max(1, page_rows() // partitions)
+                continue
             held.append((at, at + taken))
             at, seqs = at + taken, seqs + taken
             if seqs >= most:

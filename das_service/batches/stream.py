@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from pydantic import ValidationError
+
 from das_service.batches.bounds import next_cursor
 from das_service.batches.cursor import Cursor, encode_cursor
 from das_service.batches.pages import Counts, Page, PageReader
@@ -91,7 +93,10 @@ def split_cursor(cursor: Cursor, text: str) -> Cursor:
         raise BadRequestError(str(error), code="shard_invalid") from None
     block = fitting_block(cursor.num_rows // total, total=wanted.total, partitions=len(cursor.low))
     shard = wanted.model_copy(update={"block": block})
-    return cursor.model_copy(update={"chain": (*cursor.chain, shard)})
+    try:
+        return Cursor.model_validate({**cursor.model_dump(), "chain": (*cursor.chain, shard)})
+    except ValidationError as error:
+        raise BadRequestError(error.errors()[0]["msg"], code="shard_invalid") from None
 
 
 class BatchStream:

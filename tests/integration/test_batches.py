@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from das_service.batches.cursor import decode_cursor, encode_cursor
 from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
 
 
@@ -248,6 +249,24 @@ def test_a_cursor_of_rows_that_are_gone_is_told_so(trained: Trained) -> None:
     table.delete("ready_seq < 20")
     answer = trained.ask(cursor=cursor)
     assert (answer.status_code, answer.json()["code"]) == (410, "cursor_expired")
+
+
+def test_a_cursor_of_rows_that_the_tables_never_had_is_told_so(trained: Trained) -> None:
+    trained.close(0, 100)
+    read = trained.read(fms="f")
+    cursor = decode_cursor(read.start, dataset=trained.dataset, partitions=3)
+    ahead = cursor.model_copy(update={"end": tuple(end + 1 for end in cursor.end)})
+    answer = trained.ask(cursor=encode_cursor(ahead))
+    assert (answer.status_code, answer.json()["code"]) == (410, "cursor_expired")
+
+
+def test_a_cursor_can_t_be_dealt_out_for_ever(trained: Trained) -> None:
+    trained.close(0, 100)
+    cursor = trained.read().start
+    for _ in range(4):
+        cursor = trained.read(cursor=cursor, split="0/32", max_rows=0).start
+    answer = trained.ask(cursor=cursor, split="0/32")
+    assert (answer.status_code, answer.json()["code"]) == (400, "shard_invalid")
 
 
 def test_a_feature_that_is_added_later_does_not_change_what_a_cursor_gives(trained: Trained) -> None:
