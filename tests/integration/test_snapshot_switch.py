@@ -59,12 +59,11 @@ def activate(api: Api, name: str) -> int:
     return status
 
 
-def at_work(api: Api) -> Any:
-    """The snapshot that the worker has loaded."""
+def at_work(api: Api, role: str = "snapshot") -> Any:
+    """The snapshot that the worker has loaded; role "shadow": the one that it has loaded as the shadow."""
     peers = api.http.app_state["service"].monitor.findings.peers.values()
-    return next(
-        (p.info["lanes"]["ads/f"]["snapshot"] for p in peers if p.role == "worker" and p.info.get("lanes")), None
-    )
+    lanes = [peer.info["lanes"] for peer in peers if peer.role == "worker" and peer.info.get("lanes")]
+    return lanes[0]["ads/f"][role] if lanes else None
 
 
 def supervision(api: Api) -> pa.Table:
@@ -127,6 +126,7 @@ def test_a_switch_under_load_loses_nothing_and_doubles_nothing(api: Api, capsys:
 @pytest.mark.parametrize("own_server", ["valkey"], indirect=True)
 def test_a_stored_shadow_is_served_by_no_join_also_after_it_became_the_active_one(api: Api) -> None:
     api.http.put(f"{FM}/shadow", json={"snapshot_id": "s2", "share": 1.0})
+    wait_for(lambda: at_work(api, "shadow") == "s2")
     api.post(examples_table(0, 400))
     wait_for(lambda: fm_status(api)["scored"] == 400 and supervision(api).num_rows == 800)
     assert activate(api, "s2") == 200
