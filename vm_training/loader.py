@@ -18,8 +18,7 @@ import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from das_service.client import BatchOptions, BatchReader, Client, TableSource
-from das_service.client.http import Clock
+from das_service.client import BatchOptions, BatchReader, Client, Clock, TableSource
 from vm_training.layout import Layout, read_layout
 from vm_training.prefetch import StoppedError, prefetched
 from vm_training.streams import ReaderState, Stream, deal_out, first_streams, latest_of, parse_states

@@ -13,6 +13,7 @@ from das_service.client.errors import (
     UnavailableError,
     UnreachableError,
 )
+from das_service.client.http import Clock
 from das_service.client.ingest import IngestResult
 from das_service.client.tables import TableSource
 from schemas.wire import TruncatedStreamError
@@ -22,6 +23,7 @@ __all__ = [
     "BatchOptions",
     "BatchReader",
     "Client",
+    "Clock",
     "ConflictError",
     "DasClientError",
     "IngestResult",
