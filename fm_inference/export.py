@@ -39,7 +39,7 @@ _Vocabularies = Mapping[str, Vocabulary]
 
 
 def export_snapshot(
-    module: nn.Module, signature: Signature | Mapping[str, Any], path: Path | str, *, trained_through: datetime
+    module: nn.Module, signature: Signature | Mapping[str, Any], path: Path | str, *, trained_through: datetime | None
 ) -> Manifest:
     """Write the module as a snapshot folder at `path` and give its manifest.
 
@@ -48,14 +48,17 @@ def export_snapshot(
     The module is exported in eval mode (and left in the mode it had), with its batch dimension free from 1 to
     max_batch, on tensors that the worker's own feature functions built from the golden rows, or from rows made up from
     the dataset. What it answers must not depend on the batch: it is compared with the eager module for 1, 2, 7 and
-    min(max_batch, 4096) rows. `trained_through` is exclusive: labels of rows before it may have been seen.
+    min(max_batch, 4096) rows. `trained_through` is exclusive: labels of rows before it may have been seen; the loader
+    that it was trained with knows it (`AugmentedDataset.trained_through`).
 
     Raises:
         SnapshotError: The module and the signature do not fit, with every reason found.
         FileExistsError: Something is at `path` already: a snapshot never changes.
-        ValueError: trained_through has no time zone.
+        ValueError: trained_through is None, as of a loader that has delivered nothing, or has no time zone.
     """
     folder, signature = Path(path), read_signature(signature)
+    if trained_through is None:
+        raise ValueError("trained_through is None: say up to which event_time labels may have been seen")
     if trained_through.tzinfo is None:
         raise ValueError("trained_through needs a time zone: datetime(..., tzinfo=UTC)")
     if folder.exists() or folder.is_symlink():

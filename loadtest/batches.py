@@ -42,7 +42,7 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> dict[str, Any]:
         write_closed(tables, num_rows=num_rows)
         with Floor(tables) as floor:
             measured = [_round(service, floor, num_rows) for _ in range(rounds + 1)][1:]
-        return to_line(measured, rows=num_rows, peak_mb=_peak_mb(service))
+        return to_line(measured, rows=num_rows, peak_mb=peak_mb(service))
 
 
 def _round(service: RunningService, floor: "Floor", num_rows: int) -> Round:
@@ -57,7 +57,8 @@ def _round(service: RunningService, floor: "Floor", num_rows: int) -> Round:
     return Round(num_rows, seconds, floor_seconds)
 
 
-def _peak_mb(service: RunningService) -> int:
+def peak_mb(service: RunningService) -> int:
+    """Give the peak of the API's resident memory (Linux)."""
     status = Path(f"/proc/{service.pid_of('api')}/status").read_text()
     return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)
 

@@ -65,6 +65,8 @@ class Sizes:
     augment_rounds: int
     batches_rows: int
     batches_rounds: int
+    loader_rows: int
+    loader_rounds: int
 
 
 FULL = Sizes(
@@ -78,6 +80,8 @@ FULL = Sizes(
     augment_rounds=4,
     batches_rows=1_000_000,
     batches_rounds=3,
+    loader_rows=1_000_000,
+    loader_rounds=3,
 )
 QUICK = Sizes(
     ingest=Size(2, 2),
@@ -90,6 +94,8 @@ QUICK = Sizes(
     augment_rounds=2,
     batches_rows=20_000,
     batches_rounds=2,
+    loader_rows=20_000,
+    loader_rounds=2,
 )
 
 
@@ -136,6 +142,11 @@ def measure_batches(folder: Path, sizes: Sizes) -> Record:
     return _in_own_process("batches", folder, num_rows=sizes.batches_rows, rounds=sizes.batches_rounds)
 
 
+def measure_loader(folder: Path, sizes: Sizes) -> Record:
+    """Give the line of the loader."""
+    return _in_own_process("loader", folder, num_rows=sizes.loader_rows, rounds=sizes.loader_rounds)
+
+
 STAGES: dict[str, Callable[[Path, Sizes], Record]] = {
     "ingest": measure_ingest,
     "service": measure_service,
@@ -143,6 +154,7 @@ STAGES: dict[str, Callable[[Path, Sizes], Record]] = {
     "sink": measure_sink,
     "augment": measure_augment,
     "batches": measure_batches,
+    "loader": measure_loader,
 }
 
 

@@ -47,6 +47,10 @@ _WHAT = {
         "of the API {peak_mb:,} MB",
         "the join of the three tables as one unordered DuckDB statement",
     ),
+    "loader": (
+        "the loader, the same rows to tensors in batches of {batch_rows:,}, peak of the trainer {peak_mb:,} MB",
+        "the joined rows from Parquet with pyarrow, to the same tensors",
+    ),
 }
 
 

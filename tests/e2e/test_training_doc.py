@@ -5,6 +5,7 @@ Its rule for reading the tables is also held against the reference of tests/join
 
 import contextlib
 import datetime as dt
+import itertools
 import os
 import re
 import subprocess
@@ -47,6 +48,7 @@ NOON = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)
 ROWS, LEAKY, POISON = 900, 20, 500
 GAP = dt.timedelta(days=1)
 WAIT_SECONDS = 90.0
+CLOSED = ROWS - 50  # at least: the windows of the last 20 are open, and the partitions' latest rows lie a bit apart
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,8 @@ def serve_examples(service: RunningService, exported: Path) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
             state = client.status()["datasets"]["ads"]
-            if state["in_log"] == 0 and (state["fms"]["teacher"]["scored"], state["fms"]["teacher"]["failed"]) == (
-                ROWS - 1,
-                1,
-            ):
+            outcomes = (state["fms"]["teacher"]["scored"], state["fms"]["teacher"]["failed"])
+            if state["in_log"] == 0 and outcomes == (ROWS - 1, 1) and state["closed"] >= CLOSED:
                 return
             assert time.monotonic() < deadline, state
             time.sleep(0.2)
@@ -287,6 +287,21 @@ def test_the_mask_is_the_status_and_keeps_nan_out_of_the_loss(ran: Ran) -> None:
     assert len(ran["losses"]) == -(-written.num_rows // 64)
     assert np.isfinite(ran["losses"]).all()
     assert all(torch.isfinite(weight).all() for weight in ran["student"].parameters())
+
+
+def test_the_loader_reads_each_closed_row_once_in_every_way(ran: Ran) -> None:
+    with ran.folder.joinpath("rows.arrows").open("rb") as file:
+        written = pa.ipc.open_stream(file).read_all()
+    assert CLOSED <= written.num_rows == ran["num_rows"] == ran["num_rows_beside"] < ROWS
+    assert written["teacher__status"].to_pylist().count("leaky") == LEAKY
+
+
+def test_a_resumed_loader_goes_on_with_the_next_batch(ran: Ran) -> None:
+    whole = list(itertools.islice(ran["beside"], 2))
+    for batch, expected in zip((ran["first"], ran["second"]), whole, strict=True):
+        assert torch.equal(batch.dense_BF, expected.dense_BF)
+    last_us = max(int(batch.event_time_B.max()) for batch in whole)
+    assert ran["through"] == dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=last_us + 1)
 
 
 def test_an_embedding_is_decoded_alike_in_numpy_torch_and_sql(ran: Ran) -> None:

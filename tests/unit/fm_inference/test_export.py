@@ -138,6 +138,11 @@ def test_what_exists_is_never_changed(tmp_path: Path) -> None:
     assert list((tmp_path / "s1").iterdir()) == []
 
 
+def test_a_loader_that_has_delivered_nothing_is_no_bound(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trained_through is None"):
+        export_snapshot(Small(good), build_signature(), tmp_path / "s", trained_through=None)
+
+
 def test_a_time_without_a_zone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trained_through needs a time zone"):
         export_snapshot(Small(good), build_signature(), tmp_path / "s", trained_through=NOON.replace(tzinfo=None))
