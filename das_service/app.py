@@ -17,6 +17,7 @@ from das_service.door.auth import load_tokens
 from das_service.door.http_protocol import BoundedHttp
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
+from das_service.freed_memory import keep_freed_memory
 from das_service.metrics import Metrics, package_version
 from das_service.routes import augment, batches, datasets, examples, fms, health, labels, status, supervision
 from das_service.routes.fms import ActiveDeclaration, FmDeclaration, ShadowDeclaration, SnapshotDeclaration
@@ -89,6 +90,7 @@ def main(settings: Settings) -> int:
         SettingsError: Anybody on the network could reach it, and there are no tokens.
     """
     describe_access(settings)
+    keep_freed_memory()
     server = _Server(server_config(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when it is done

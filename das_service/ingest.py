@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import redis
 
 from das_service.door.validation import ValidRows
@@ -51,14 +52,14 @@ def split_by_partition(batch: pa.RecordBatch, num_partitions: int) -> Iterator[t
     partitions = keys.partitions_of(batch.column("example_digest"), num_partitions).astype(np.uint16)
     order = np.argsort(partitions, kind="stable")
     bounds = np.concatenate([[0], np.cumsum(np.bincount(partitions, minlength=num_partitions))])
-    ordered = batch.take(pa.array(order))
+    ordered = pc.take(batch, pa.array(order), boundscheck=False)
     for partition in range(num_partitions):
         first, last = int(bounds[partition]), int(bounds[partition + 1])
         if last > first:
             yield partition, ordered.slice(first, last - first)
 
 
-def _iter_pieces(batch: pa.RecordBatch) -> Iterator[tuple[int, bytes]]:
+def _iter_pieces(batch: pa.RecordBatch) -> Iterator[tuple[int, memoryview]]:
     """Give (rows, encoded) of pieces that are within a chunk's bounds."""
     for first in range(0, batch.num_rows, CHUNK_ROWS):
         piece = batch.slice(first, CHUNK_ROWS)

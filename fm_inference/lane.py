@@ -1,7 +1,8 @@
 """One FM of one dataset at work: a reader thread that prefetches exactly one batch, and a device thread.
 
 The reader returns with whatever waits, so an idle device never waits for a batch to fill and a busy one gets bigger
-batches. The engine may be replaced between two batches; a batch keeps the engine that it was prepared with.
+batches. What was scored is published by a third thread while the device is at the next batch, one batch at a time. The
+engine may be replaced between two batches; a batch keeps the engine that it was prepared with.
 """
 
 import logging
@@ -9,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -131,6 +133,7 @@ class Lane:
         )
         self._pace = PublishPace(context.metrics, dataset, fm)
         self._queue: queue.Queue[_Work] = queue.Queue(maxsize=1)
+        self._publishing: Future[None] | None = None
         self._stages = context.metrics.stage_seconds
         self._looked_at = 0.0
 
@@ -256,23 +259,35 @@ class Lane:
 
     def score_until_stopped(self) -> None:
         """Run the model and publish, batch by batch; what was taken is finished before the thread ends."""
-        while True:
+        with ThreadPoolExecutor(1, thread_name_prefix=f"publish {self.name}") as publishing:
             try:
-                work = self._queue.get(timeout=0.2)
-            except queue.Empty:
-                if self.is_stopping():
-                    return
-                continue
-            self.busy_since = time.monotonic()
-            try:
-                self._score(work)
+                while self._score_next(publishing):
+                    pass
             except LaneStoppedError:
                 return
-            self.busy_since = None
 
-    def _score(self, work: _Work) -> None:
+    def _score_next(self, publishing: ThreadPoolExecutor) -> bool:
+        """Score the next batch, if one comes; give whether to go on."""
+        try:
+            work = self._queue.get(timeout=0.2)
+        except queue.Empty:
+            self._end_publishing()
+            return not self.is_stopping()
+        self.busy_since = time.monotonic()
+        self._score(work, publishing)
+        self.busy_since = None
+        return True
+
+    def _end_publishing(self) -> None:
+        """Wait until the batch before this one is published; raises what that raised."""
+        if self._publishing is not None:
+            self._publishing.result()
+            self._publishing = None
+
+    def _score(self, work: _Work, publishing: ThreadPoolExecutor) -> None:
         deliveries = work.rows.deliveries
         if work.prepared is None:
+            self._end_publishing()
             with self.shadower.held():
                 self._score_suspect(work)
             return
@@ -281,6 +296,7 @@ class Lane:
         except Exception as error:  # noqa: BLE001 - whatever a model raises
             log.warning("%s: the model failed on %d rows (%s)", self.name, work.prepared.num_rows, _line(error))
             work.loaded.engine.warm_up()  # a broken device raises here, which ends the process
+            self._end_publishing()
             for i in range(len(deliveries)):
                 with self.shadower.held():
                     self._score_suspect(_Work(loaded=work.loaded, rows=_one_delivery(work.rows, i), prepared=None))
@@ -298,7 +314,8 @@ class Lane:
                     failed={},
                 )
             )
-        self._publish(work.loaded, outcomes)
+        self._end_publishing()
+        self._publishing = publishing.submit(self._publish, work.loaded, outcomes)
 
     def _forward(self, loaded: Loaded, prepared: Prepared) -> Scored:
         metrics = self._context.metrics

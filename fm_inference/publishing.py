@@ -13,7 +13,7 @@ import redis
 from numpy.typing import NDArray
 
 from das_service.logs.records import dead_log, scored_log
-from das_service.redis_client import ScriptCall, run_script, run_scripts, script
+from das_service.redis_client import Argument, ScriptCall, run_script, run_scripts, script
 from fm_inference.delivery import Delivery
 from fm_inference.engine import Scored
 from schemas import keys
@@ -108,7 +108,7 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
     )
     digests = _digests(scored) + _digests(failed)
     entry_id = outcome.delivery.entry.position.entry_id
-    arguments: list[str | bytes | int] = [
+    arguments: list[Argument] = [
         keys.group(fm), entry_id, publisher.consumer, publisher.generation, publisher.epoch, fm,
         publisher.ttl_seconds, keys.online_prefix(dataset, partition, fm), digests, values, layout.width,
         int(publisher.has_msetex), scored.num_rows, scored_data, failed.num_rows, dead_data, len(scored_head),
@@ -127,7 +127,7 @@ def _call(publisher: Publisher, outcome: Outcome, scored_at_us: int) -> ScriptCa
 
 def _scored_chunk(
     publisher: Publisher, columns: pa.Table, scored: Scored, trace: Mapping[str, str], scored_at_us: int
-) -> tuple[list[bytes | str], bytes]:
+) -> tuple[list[bytes | str], bytes | memoryview]:
     schema = scored_schema(publisher.outputs)
     arrays: list[Any] = [_one(columns, name) for name in IDENTITY]
     arrays += [pa.array(scored.logits[task], pa.float32()) for task in publisher.outputs.tasks]
@@ -173,7 +173,7 @@ def append_shadow(
 
 def _dead_chunk(
     publisher: Publisher, columns: pa.Table, outcome: Outcome, failed_at_us: int
-) -> tuple[list[bytes | str], bytes]:
+) -> tuple[list[bytes | str], bytes | memoryview]:
     schema = dead_schema()
     if not outcome.failed:
         return [], b""

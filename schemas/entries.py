@@ -108,9 +108,9 @@ def fingerprint(schema: pa.Schema) -> str:
     return xxhash.xxh64_hexdigest(schema.remove_metadata().serialize())
 
 
-def encode_batch(batch: pa.RecordBatch) -> bytes:
+def encode_batch(batch: pa.RecordBatch) -> memoryview:
     """Give the record batch's IPC message without its schema."""
-    return batch.serialize().to_pybytes()
+    return memoryview(batch.serialize()).cast("B")
 
 
 def head_fields(schema: pa.Schema, *, num_rows: int, num_features: int, meta: Mapping[str, Any]) -> list[bytes | str]:

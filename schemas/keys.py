@@ -80,7 +80,7 @@ def attempts(dataset: str, partition: int, fm: str, kind: str) -> str:
     return f"{tag(dataset, partition)}:attempts:{fm}:{kind}"
 
 
-def chunk(dataset: str, partition: int, kind: str, content: bytes) -> bytes:
+def chunk(dataset: str, partition: int, kind: str, content: bytes | memoryview) -> bytes:
     """Mark of a chunk that was logged in that kind of log, by the digest of its content."""
     digest = xxhash.xxh3_128(f"{kind}/".encode())
     digest.update(content)

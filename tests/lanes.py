@@ -35,24 +35,29 @@ def declare_scored(settings: Settings, client: redis.Redis, dataset: str, engine
     return declared
 
 
-@contextlib.contextmanager
-def at_work(declared: Declared, engine: TorchEngine) -> Iterator[None]:
-    """Run the lane of FM `f`; in the end it works off what lies in the log."""
-    context = RoleContext(
-        declared.settings, role="worker", instance="w", client=declared.client, metrics=Metrics("worker")
-    )
-    lane = Lane(context, dataset=declared.dataset, fm="f", partitions=declared.spec.partitions)
+def loaded_for(declared: Declared, engine: TorchEngine) -> Loaded:
+    """Give snapshot s1 as a lane of consumer `w` has it."""
     publisher = Publisher(
         dataset=declared.dataset, fm="f", consumer="w", snapshot_id="s1", snapshot_number=0, trained_through_us=0,
         generation=0, epoch=1, ttl_seconds=3600, outputs=engine.manifest.outputs.columns(),
         has_msetex=has_msetex(declared.client),
     )  # fmt: skip
-    lane.loaded = Loaded(engine=engine, publisher=publisher, spec=declared.spec)
+    return Loaded(engine=engine, publisher=publisher, spec=declared.spec)
+
+
+@contextlib.contextmanager
+def at_work(declared: Declared, engine: TorchEngine, kind: type[Lane] = Lane) -> Iterator[Lane]:
+    """Run the lane of FM `f`; in the end it works off what lies in the log."""
+    context = RoleContext(
+        declared.settings, role="worker", instance="w", client=declared.client, metrics=Metrics("worker")
+    )
+    lane = kind(context, dataset=declared.dataset, fm="f", partitions=declared.spec.partitions)
+    lane.loaded = loaded_for(declared, engine)
     threads = [threading.Thread(target=target) for target in (lane.read_until_stopped, lane.score_until_stopped)]
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield lane
         deadline = time.monotonic() + 60
         while declared.pending("f"):
             assert time.monotonic() < deadline

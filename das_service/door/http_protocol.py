@@ -30,6 +30,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
+        self._pieces: list[bytes] = []
+        self._num_bytes = 0
         self._woken_at = 0.0
         self._untaken_bytes = 0
         self._write_timer: asyncio.TimerHandle | None = None
@@ -67,18 +69,34 @@ class BoundedHttp(HttpToolsProtocol):
         self._unread_bytes = 0
         if self.cycle.response_complete:
             return
-        self.cycle.body += body
-        num_bytes, now = len(self.cycle.body), self.loop.time()
-        if num_bytes > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB: 2 ms for a body of 2 MB
+        self._pieces.append(body)
+        self._num_bytes += len(body)
+        now = self.loop.time()
+        if self._num_bytes + len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB
             self.flow.pause_reading()
-        if num_bytes >= WAKE_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader in any case
+        if self._num_bytes >= WAKE_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader anyway
             self._woken_at = now
+            self._hand_over()
             self.cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        """Hand over the rest of the body."""
+        self._hand_over()
+        super().on_message_complete()
+
+    def _hand_over(self) -> None:
+        """Give the reader the pieces as one `bytes`, which uvicorn hands on without a copy."""
+        if self.cycle.body:
+            self._pieces.insert(0, bytes(self.cycle.body))
+        self.cycle.body = b"".join(self._pieces)  # type: ignore[assignment] # of a single piece: that piece
+        self._pieces, self._num_bytes = [], 0
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; a head that is still not whole may not be long, nor what is neither head nor body."""
         self._unread_bytes += len(data)
         super().data_received(data)
+        if self._pieces and self.cycle.message_event.is_set():  # the reader that was woken takes what came with that
+            self._hand_over()
         if self.transport.is_closing():
             return
         if self._head_timer is not None:

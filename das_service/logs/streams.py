@@ -22,7 +22,7 @@ from das_service.logs.records import (
     table_of_log,
     write_logs_file,
 )
-from das_service.redis_client import ScriptCall, run_script, run_scripts, script
+from das_service.redis_client import Argument, ScriptCall, run_script, run_scripts, script
 from schemas import keys
 from schemas.entries import Entry, Position, parse_entry, parse_position
 
@@ -151,7 +151,7 @@ class Chunk:
     dataset: str
     partition: int
     kind: str
-    data: bytes
+    data: bytes | memoryview
     head: Sequence[bytes | str]
     num_rows: int
 
@@ -188,7 +188,7 @@ def append_chunks(client: redis.Redis, chunks: Sequence[Chunk], limits: AppendLi
             keys.chunk(chunk.dataset, chunk.partition, chunk.kind, chunk.data),
         ]
         floor = limits.floors.get(chunk.partition, -1)
-        args: list[str | bytes | int] = [
+        args: list[Argument] = [
             chunk.kind,
             limits.epoch,
             floor,

@@ -2,20 +2,25 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import redis
 
 from das_service.metrics import Metrics
 from das_service.redis_client import connect
 from das_service.registry import FmRecord, SnapshotRecord, fm_field, snapshot_field
 from das_service.role import RoleContext
 from das_service.settings import Settings
-from fm_inference.lane import Lane
+from fm_inference.engine import Prepared, Scored
+from fm_inference.lane import Lane, Loaded
+from fm_inference.publishing import Outcome
 from fm_inference.worker import Worker
 from schemas import keys
-from tests.declared import NOON, SPEC, Declared
+from tests.declared import NOON, SPEC, Declared, examples
 from tests.feeding import OUTPUTS
+from tests.lanes import at_work, closed_form_engine, declare_scored, loaded_for
 
 
 @pytest.fixture
@@ -97,3 +102,56 @@ def test_a_worker_raises_a_generation_that_whoever_withdrew_a_snapshot_could_not
     worker._lanes["ads", "f"] = Lane(context, dataset="ads", fm="f", partitions=2)
     worker._follow()
     assert [context.client.get(keys.generation("ads", p, "f")) for p in range(SPEC.partitions)] == [b"3", b"3"]
+
+
+class PublishingLate(Lane):
+    """A lane that publishes its first batch only once the model has begun the second."""
+
+    forwards, waited_in_vain, second = 0, False, threading.Event()
+
+    def _forward(self, loaded: Loaded, prepared: Prepared) -> Scored:
+        self.forwards += 1
+        if self.forwards == 2:
+            self.second.set()
+        return super()._forward(loaded, prepared)
+
+    def _publish(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> None:
+        self.waited_in_vain |= not self.second.wait(30)
+        super()._publish(loaded, outcomes)
+
+
+def test_a_batch_is_scored_while_the_one_before_it_is_published(
+    settings: Settings, store: redis.Redis, tmp_path: Path
+) -> None:
+    engine = closed_form_engine(tmp_path, max_batch=64)
+    declared = declare_scored(settings.model_copy(update={"batch_rows": 1}), store, "ads", engine)
+    for first in (0, 10):
+        declared.append(0, examples(first, 10))
+    with at_work(declared, engine, PublishingLate) as lane:
+        pass
+    assert isinstance(lane, PublishingLate)
+    assert (lane.forwards, lane.waited_in_vain, lane.rows_scored) == (2, False, 20)
+
+
+class PublishingNothing(Lane):
+    """A lane that has a defect."""
+
+    def _publish(self, *_: object) -> None:
+        raise ValueError("boom")
+
+
+def test_a_defect_in_publishing_ends_the_worker(settings: Settings, store: redis.Redis, tmp_path: Path) -> None:
+    engine = closed_form_engine(tmp_path, max_batch=64)
+    declared = declare_scored(settings, store, "ads", engine)
+    declared.append(0, examples(0, 10))
+    context = RoleContext(declared.settings, role="worker", instance="w", client=store, metrics=Metrics("worker"))
+    lane = PublishingNothing(context, dataset="ads", fm="f", partitions=declared.spec.partitions)
+    lane.loaded = loaded_for(declared, engine)
+    worker = Worker(context)
+    targets = [lane.read_until_stopped, lambda: worker._guard(lane, lane.score_until_stopped)]
+    threads = [threading.Thread(target=target, name="score ads/f") for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert worker.problems() == ["thread score ads/f died; the process ends"]
