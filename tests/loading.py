@@ -4,7 +4,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any
+
+import torch.distributed
 
 from das_service.client import Client, TableSource
 from tests.served import serve_over_tcp
@@ -43,3 +46,11 @@ def read_some(readers: list[AugmentedDataset], cuts: list[int]) -> tuple[list[li
 
 def ranks_of(source: Client | TableSource | str, start: str, world_size: int) -> list[AugmentedDataset]:
     return [loading(source, cursor=start, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def read_as_rank(url: str, rank: int, meeting_place: str, pipe: Connection) -> None:
+    """Read what one of two ranks of torch.distributed reads; send its start and its ids."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
+    dataset = loading(url)
+    pipe.send((dataset.start, ids_of(dataset)))
+    torch.distributed.destroy_process_group()

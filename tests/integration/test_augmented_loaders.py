@@ -3,12 +3,13 @@
 import multiprocessing
 from itertools import islice
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.loading import ids_of, latest, loading, ranks_of, read_some, served
+from tests.loading import ids_of, latest, loading, ranks_of, read_as_rank, read_some, served
 from tests.training import Trained, expected_order
 from vm_training import AugmentedDataset, Batch
 
@@ -102,3 +103,24 @@ def test_state_is_not_asked_of_a_dataset_whose_workers_have_it(trained: Trained)
         ids_of(plain(dataset, 1))
         with pytest.raises(RuntimeError, match="StatefulDataLoader"):
             dataset.state_dict()
+
+
+def test_ranks_of_torch_distributed_share_the_start_of_the_first(trained: Trained, tmp_path: Path) -> None:
+    trained.close(0, 300)
+    workers = context(2)
+    assert workers is not None
+    with served(trained) as url:
+        pipes = [workers.Pipe(duplex=False) for _ in range(2)]
+        ranks = [
+            workers.Process(target=read_as_rank, args=(url, rank, str(tmp_path / "meet"), theirs))
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for rank in ranks:
+            rank.start()
+        assert all(ours.poll(60) for ours, _ in pipes)
+        (start, some), (other_start, others) = (ours.recv() for ours, _ in pipes)
+        for rank in ranks:
+            rank.join(30)
+    assert start == other_start
+    assert some
+    assert sorted(some + others) == sorted(expected_order(trained))
