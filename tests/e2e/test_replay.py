@@ -208,7 +208,7 @@ def test_valid_supervision_helps_a_student_and_less_than_peeking(students: dict[
 
 # ---- restarts
 
-SEEDED: list[tuple[str, int]] = [("worker,api", 2), ("sink,valkey", 3), ("api,worker,sink,valkey", 6)]
+SEEDED: list[tuple[str, int]] = [("worker,api", 6), ("sink,valkey", 8), ("sink,worker,api,valkey", 81)]
 
 
 @pytest.mark.parametrize(("roles", "seed"), SEEDED)
