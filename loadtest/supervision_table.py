@@ -103,6 +103,7 @@ def iter_supervision(num_rows: int) -> Iterator[pa.Table]:
             "click__logit": pa.array(random.standard_normal(count, np.float32)),
             "buy__logit": pa.array(random.standard_normal(count, np.float32)),
             "hidden": _fixed_width(pa.binary(), random.bytes(128 * count), 128),
+            "_is_shadow": pa.repeat(False, count),  # noqa: FBT003 - a value
             "_example_hash": pa.array(keys.example_hashes(keys.digest_array(ids))),
         }
         yield pa.table([columns[field.name] for field in schema], schema=schema)
