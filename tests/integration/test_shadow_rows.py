@@ -18,7 +18,7 @@ from das_service.supervision.windows import BatchRows, iter_windows
 from das_service.tables.duck import Duck
 from schemas import keys
 from schemas.dataset import TIMESTAMP
-from schemas.entries import encode_batch, head_fields
+from schemas.entries import SHADOW, encode_batch, head_fields
 from schemas.snapshot import scored_schema
 from tests.conftest import Server, make_settings
 from tests.feeding import DAY_US, NOON_US, OUTPUTS, Feeding, metric, names
@@ -64,8 +64,8 @@ def shadow(
             keys.generation("ads", partition, "f"),
         ]
         head = head_fields(part.schema, num_rows=part.num_rows, num_features=0, meta=meta)
-        arguments = [generation, feeding.epoch, records.scored_log("f"), max_bytes, encode_batch(part), *head]
-        replies.append(run_script(feeding.client, "shadow", names, arguments))
+        arguments = [generation, feeding.epoch, records.scored_log("f"), max_bytes, encode_batch(part), SHADOW, *head]
+        replies.append(run_script(feeding.client, "append_aside", names, arguments))
     return replies
 
 
@@ -194,7 +194,7 @@ def test_compaction_keeps_shadows_apart_and_loses_no_row(feeding: Feeding) -> No
         pass
 
     files = [file for files in table.days.values() for file in files]
-    assert (said(feeding), sorted(file.is_shadow for file in files)) == (before, [False, True])
+    assert (said(feeding), sorted(file.kind for file in files)) == (before, ["part", "shadow"])
     assert {row["f__snapshot_id"] for row in joined(feeding, names(0, 30))} == {"s1"}
     assert counts(feeding)["scored"] == 30
 
