@@ -28,6 +28,7 @@ from das_service.settings import Settings, SettingsError, load_settings
 from das_service.snapshot_folder import SnapshotError
 from fm_inference.backfill_run import Backfill, BackfillQuery, Tally
 from fm_inference.lane import refusal
+from fm_inference.outputs import first_line
 from fm_inference.publishing import microseconds
 from fm_inference.threads import bound_threads
 
@@ -36,15 +37,12 @@ _NICE = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a backfill with the settings of the environment; give the exit code."""
+    """Run a backfill with the settings of the environment; give the exit code. arguments: default the process's own."""
     asked = _parser().parse_args(arguments)
     try:
         settings = load_settings()
-        bound_threads(settings)
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        torch.set_num_threads(settings.torch_threads)
-        pa.set_cpu_count(settings.torch_threads)
-        os.nice(_NICE)
+        if arguments is None:
+            _take_little(settings)
         started = time.monotonic()
         tally = _run(settings, asked)
     except (SettingsError, InputError) as error:
@@ -55,8 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"a snapshot can't be loaded: {error}", REFUSED)
     except (redis.exceptions.RedisError, OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
         return _fail(f"the server of the logs or the tables can't be used ({error}); run it again: it goes on", REFUSED)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(
+            f"there is too little memory for the model ({first_line(error)}); DAS_DEVICE names another", REFUSED
+        )
     _report(tally, time.monotonic() - started, asked)
     return STOPPED if tally.stopped else 0
+
+
+def _take_little(settings: Settings) -> None:
+    """Bound the threads of this process, and let the others on the machine come first."""
+    bound_threads(settings)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(settings.torch_threads)
+    pa.set_cpu_count(settings.torch_threads)
+    os.nice(_NICE)
 
 
 def _parser() -> argparse.ArgumentParser:

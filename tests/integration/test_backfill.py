@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from tests.fakes import expected_supervision
 from tests.lanes import at_work
 from tests.roles import Roles
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)  # on both: test_backfill_rows.py
 HOUR = timedelta(hours=1)
 SHIFTS = {"s1": 1.0, "s2": 2.0, "s3": 3.0}
 TRAINED = {"s1": NOON, "s2": NOON + 24 * HOUR, "s3": NOON + 48 * HOUR}
@@ -104,13 +105,23 @@ class Stored:
             self.sinks[0].step(now=self.now)
         assert self.sinks[0].health() == []
 
-    def backfill(self, *, settle: bool = True, **options: Any) -> Tally:
+    def backfill(
+        self,
+        *,
+        settle: bool = True,
+        stopping: threading.Event | None = None,
+        on_progress: Callable[[Tally], object] = lambda _: None,
+        **options: Any,
+    ) -> Tally:
         query = BackfillQuery(
             dataset="ads", fm="f", wait=False,
             **{"first_us": microseconds(NOON - 1000 * HOUR), "end_us": microseconds(NOON + 1000 * HOUR), **options},
         )  # fmt: skip
         declared = self.declared
-        run = Backfill(declared.settings, declared.client, declared.catalog, query, stopping=threading.Event())
+        run = Backfill(
+            declared.settings, declared.client, declared.catalog, query,
+            stopping=stopping or threading.Event(), on_progress=on_progress,
+        )  # fmt: skip
         tally = run.run()
         if settle:
             self.settle()
@@ -201,6 +212,15 @@ def test_a_run_that_was_cut_is_completed_by_the_next_without_a_double(
 
     assert stored.said() == expected()
     assert sum(tally.scored.values()) == len(expected()) - len(some)
+
+
+def test_a_run_that_is_stopped_ends_after_its_batch_and_the_next_completes_it(stored: Stored) -> None:
+    stopping = threading.Event()
+    stopped = stored.backfill(stopping=stopping, on_progress=lambda tally: tally.scored and stopping.set())
+    assert stopped.stopped
+    assert 0 < len(stored.said()) < len(expected())
+    assert not stored.backfill().stopped
+    assert stored.said() == expected()
 
 
 def test_what_was_appended_and_not_committed_is_not_stored_twice(stored: Stored) -> None:
@@ -322,15 +342,6 @@ def test_what_can_not_be_done_is_said_in_one_line(
         assert main(arguments) == code
     error = capsys.readouterr().err
     assert (said in error, error.count("\n")) == (True, 1)
-
-
-def test_a_server_that_can_not_be_reached_is_said_in_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("DAS_REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setenv("DAS_TABLES_URI", str(tmp_path))
-    assert main(["ads", "--fm", "f", *RANGE]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_server_that_lost_its_log_is_refused(

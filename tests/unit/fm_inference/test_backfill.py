@@ -2,12 +2,13 @@
 
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from das_service.cli.output import InputError
 from das_service.registry import Catalog, FmRecord, SnapshotRecord
-from fm_inference.backfill import parse_moment
+from fm_inference.backfill import main, parse_moment
 from fm_inference.backfill_pace import Backlog, Pace
 from fm_inference.backfill_spans import Span, spans_between, usable_snapshots
 from tests.declared import SPEC
@@ -84,3 +85,13 @@ def test_a_date_is_its_midnight_in_utc_and_a_time_needs_an_offset() -> None:
     for text in ("2026-03-01T00:00:00", "yesterday"):
         with pytest.raises(InputError, match="--from"):
             parse_moment(text, "--from")
+
+
+def test_a_server_that_can_not_be_reached_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAS_REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("DAS_TABLES_URI", str(tmp_path))
+    assert main(["ads", "--fm", "f", "--from", "2026-02-01", "--to", "2026-04-01"]) == 1
+    said = capsys.readouterr().err
+    assert (said.startswith("das: the server"), said.count("\n")) == (True, 1)
