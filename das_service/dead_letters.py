@@ -13,7 +13,7 @@ from das_service.logs.records import dead_log, read_mark
 from das_service.logs.streams import read_after
 from das_service.sink.rescore import Rescorer
 from das_service.tables.duck import Duck
-from das_service.tables.offline_store import TablePlace, TableReader, table_place
+from das_service.tables.offline_store import OUTCOME, TablePlace, TableReader, table_place
 from schemas.dataset import DatasetSpec
 from schemas.entries import Entry
 from schemas.tables import dead_letters_table, dead_schema, supervision_table
@@ -53,7 +53,7 @@ def list_dead_letters(
 
 def _scored(scored: TableReader, place: TablePlace, day: dt.date, example_ids: pa.Array) -> set[str]:
     """Give which of these examples of an event day have supervision."""
-    paths = scored.files_of_days([day])
+    paths = scored.files_of_days([day], kinds=(OUTCOME,))
     if not paths or len(example_ids) == 0:
         return set()
     files = pads.dataset(paths, filesystem=place.filesystem, format="parquet")

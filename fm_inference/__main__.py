@@ -1,10 +1,10 @@
 """`python -m fm_inference`: the worker role; `das worker` runs it."""
 
 import logging
-import os
 import sys
 
-from das_service.settings import Settings, SettingsError, load_settings
+from das_service.settings import SettingsError, load_settings
+from fm_inference.threads import bound_threads
 
 
 def main() -> int:
@@ -14,7 +14,7 @@ def main() -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)  # noqa: T201 - there is no log yet
         return 2
-    _bound_threads(settings)
+    bound_threads(settings)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     import pyarrow as pa  # noqa: PLC0415 - after the thread limits are in the environment
     import torch  # noqa: PLC0415
@@ -26,13 +26,6 @@ def main() -> int:
 
     exit_now(run_worker(settings))
     return 0
-
-
-def _bound_threads(settings: Settings) -> None:
-    """Spinning BLAS threads alone cost a quarter of the throughput, so they are bounded before torch is loaded."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, str(settings.torch_threads))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 if __name__ == "__main__":

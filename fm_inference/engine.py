@@ -6,7 +6,7 @@ Shapes: B rows, D values of an embedding, W bytes of it encoded.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,22 @@ class Scored:
 
     logits: dict[str, NDArray[np.float32]]
     embeddings: dict[str, NDArray[np.uint8]]
+
+    def at(self, rows: slice | NDArray[np.int64]) -> "Scored":
+        """Give what was said of these rows."""
+        return Scored(
+            logits={name: values[rows] for name, values in self.logits.items()},
+            embeddings={name: values[rows] for name, values in self.embeddings.items()},
+        )
+
+
+def joined_in_order(parts: Sequence[tuple[NDArray[np.int64], Scored]]) -> tuple[NDArray[np.int64], Scored]:
+    """Give the rows of all parts in ascending order with their outputs."""
+    rows = np.concatenate([rows for rows, _ in parts])
+    order = np.argsort(rows, kind="stable")
+    logits = {name: np.concatenate([s.logits[name] for _, s in parts]) for name in parts[0][1].logits}
+    vectors = {name: np.concatenate([s.embeddings[name] for _, s in parts]) for name in parts[0][1].embeddings}
+    return rows[order], Scored(logits=logits, embeddings=vectors).at(order)
 
 
 class TorchEngine:

@@ -27,7 +27,7 @@ from das_service.redis_client import UNREACHABLE, connect, run_script
 from das_service.registry import Registry
 from das_service.role import RoleContext
 from fm_inference.delivery import Delivery, Intake
-from fm_inference.engine import Prepared, Scored, TorchEngine
+from fm_inference.engine import Prepared, Scored, TorchEngine, joined_in_order
 from fm_inference.outputs import ModelOutputError
 from fm_inference.pace import PublishPace
 from fm_inference.poison import RowsFailedError, resume_attempt, try_rows
@@ -310,7 +310,7 @@ class Lane:
                     delivery=delivery,
                     columns=work.rows.columns,
                     scored_rows=work.rows.wanted[first:last],
-                    scored=_part(scored, first, last),
+                    scored=scored.at(slice(int(first), int(last))),
                     failed={},
                 )
             )
@@ -355,7 +355,7 @@ class Lane:
         )
         if not done:  # no row is left to score: the outputs of none
             forward(np.zeros(0, np.int64))
-        rows, scored = _joined(done)
+        rows, scored = joined_in_order(done)
         if failed:
             log.error("%s: %d rows of entry %s go to the dead letters", self.name, len(failed), entry_id)
         outcome = Outcome(delivery=delivery, columns=columns, scored_rows=rows, scored=scored, failed=failed)
@@ -419,22 +419,6 @@ def _is_passing(error: redis.exceptions.RedisError) -> bool:
     """Give whether a server is away, busy with somebody's script, a replica for a moment, or can't write its log."""
     is_away = isinstance(error, (*UNREACHABLE, redis.exceptions.ReadOnlyError))
     return is_away or str(error).startswith(("BUSY ", "MISCONF "))
-
-
-def _part(scored: Scored, first: int, last: int) -> Scored:
-    return Scored(
-        logits={name: values[first:last] for name, values in scored.logits.items()},
-        embeddings={name: values[first:last] for name, values in scored.embeddings.items()},
-    )
-
-
-def _joined(parts: Sequence[tuple[NDArray[np.int64], Scored]]) -> tuple[NDArray[np.int64], Scored]:
-    """Give rows in ascending order with their outputs."""
-    rows = np.concatenate([rows for rows, _ in parts])
-    order = np.argsort(rows, kind="stable")
-    logits = {name: np.concatenate([s.logits[name] for _, s in parts])[order] for name in parts[0][1].logits}
-    vectors = {name: np.concatenate([s.embeddings[name] for _, s in parts])[order] for name in parts[0][1].embeddings}
-    return rows[order], Scored(logits=logits, embeddings=vectors)
 
 
 def _one_delivery(rows: Rows, i: int) -> Rows:

@@ -17,7 +17,7 @@ from das_service.redis_client import Argument, ScriptCall, run_script, run_scrip
 from fm_inference.delivery import Delivery
 from fm_inference.engine import Scored
 from schemas import keys
-from schemas.entries import encode_batch, head_fields
+from schemas.entries import BACKFILL, SHADOW, encode_batch, head_fields
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.supervision import FAILED, OnlineLayout, online_layout, pack_values
 from schemas.tables import dead_schema
@@ -155,6 +155,40 @@ def append_shadow(
     Raises:
         redis.exceptions.RedisError: The server can't be asked; it may have been appended.
     """
+    return _append_aside(
+        client, publisher, partition, columns, scored, mark=SHADOW, generation=publisher.generation, max_bytes=max_bytes
+    )
+
+
+def append_backfill(
+    client: redis.Redis, publisher: Publisher, partition: int, columns: pa.Table, scored: Scored, *, max_bytes: int
+) -> str:
+    """Append what a snapshot said of stored examples of a partition to the scored log; give why not, '' if it was.
+
+    A generation that was withdrawn since is no reason: what is active says nothing about a backfill.
+
+    Raises:
+        RuntimeError: The snapshot may have seen the label of an example.
+        redis.exceptions.RedisError: The server can't be asked; it may have been appended.
+    """
+    if columns.num_rows and _times(columns).min() < publisher.trained_through_us:
+        raise RuntimeError(f"snapshot {publisher.snapshot_id} is trained past an example that it was to score")
+    return _append_aside(
+        client, publisher, partition, columns, scored, mark=BACKFILL, generation="", max_bytes=max_bytes
+    )
+
+
+def _append_aside(
+    client: redis.Redis,
+    publisher: Publisher,
+    partition: int,
+    columns: pa.Table,
+    scored: Scored,
+    *,
+    mark: str,
+    generation: int | str,
+    max_bytes: int,
+) -> str:
     head, data = _scored_chunk(publisher, columns, scored, {}, time.time_ns() // 1000)
     dataset, log = publisher.dataset, scored_log(publisher.fm)
     names = [
@@ -162,8 +196,8 @@ def append_shadow(
         keys.counters(dataset, partition),
         keys.generation(dataset, partition, publisher.fm),
     ]
-    arguments = [publisher.generation, publisher.epoch, log, max_bytes, data, *head]
-    code = int(run_script(client, "shadow", names, arguments))
+    arguments = [generation, publisher.epoch, log, max_bytes, data, mark, *head]
+    code = int(run_script(client, "append_aside", names, arguments))
     refused = {
         -1: "its generation is withdrawn", -2: "the scored log is lost", -3: "the log is in another epoch",
         -4: "the sink is behind: the scored log is full",

@@ -8,7 +8,7 @@ Fields (names are one byte: they are stored with each entry):
     n  rows
     t  when the server took it, microseconds (received_at; available_at in a scored log)
     r  rows, and  b  bytes of data, of this log up to and including this entry
-    x  1 in what a shadow said: its rows are nobody's outcome and are not counted in r
+    x  1 in what a shadow said, 2 in what a backfill said: such rows are nobody's outcome and are not counted in r
     m  JSON about the whole chunk: a scored chunk's snapshot; `traceparent` of the request that brought it, if any
     d  the record batch as an Arrow IPC message without its schema
 """
@@ -25,6 +25,7 @@ import xxhash
 FORMAT = 1
 READABLE_FORMATS = (1,)
 TRACEPARENT = "traceparent"
+SHADOW, BACKFILL = "1", "2"
 
 
 class EntryError(ValueError):
@@ -74,6 +75,7 @@ class Entry:
     fingerprint: str
     data: bytes
     is_shadow: bool = False
+    is_backfill: bool = False
 
     @property
     def trace(self) -> dict[str, str]:
@@ -146,7 +148,8 @@ def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
             meta=json.loads(fields[b"m"]),
             fingerprint=fields[b"s"].decode(),
             data=fields[b"d"],
-            is_shadow=b"x" in fields,
+            is_shadow=fields.get(b"x") == SHADOW.encode(),
+            is_backfill=fields.get(b"x") == BACKFILL.encode(),
         )
     except (KeyError, ValueError) as error:
         if isinstance(error, EntryError):

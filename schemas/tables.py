@@ -23,6 +23,7 @@ LABEL_HASH = "_label_hash"
 LOG_ROW = "_log_row"
 EVENT_DAY = "event_day"
 IS_SHADOW = "_is_shadow"
+IS_BACKFILL = "_is_backfill"
 
 
 def supervision_table(fm: str) -> str:
@@ -103,7 +104,8 @@ def closed_table_schema(spec: DatasetSpec) -> pa.Schema:
 def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:
     """Give the schema of `supervision/<fm>`; columns are named as in lookups, without the FM's prefix.
 
-    _is_shadow: what a snapshot said beside the active one; null is false. Such rows lie in files of their own.
+    _is_shadow: what a snapshot said beside the active one; _is_backfill: what one said of a stored example later on.
+    Null is false. Such rows are nobody's outcome and lie in files of their own.
     """
     head = [
         pa.field("example_id", pa.string()),
@@ -120,7 +122,8 @@ def supervision_table_schema(outputs: OutputColumns) -> pa.Schema:
         pa.field(name, pa.binary(), metadata={"codec": codec, "size": json.dumps(size)})
         for name, (size, codec) in outputs.embeddings.items()
     ]
-    return pa.schema([*head, *logits, *vectors, pa.field(EXAMPLE_HASH, pa.int64()), pa.field(IS_SHADOW, pa.bool_())])
+    marks = [pa.field(IS_SHADOW, pa.bool_()), pa.field(IS_BACKFILL, pa.bool_())]
+    return pa.schema([*head, *logits, *vectors, pa.field(EXAMPLE_HASH, pa.int64()), *marks])
 
 
 def dead_letters_table_schema() -> pa.Schema:

@@ -13,6 +13,7 @@ from deltalake import DeltaTable
 from das_service.folder import Folder
 from das_service.logs import records, streams
 from das_service.metrics import Metrics
+from das_service.redis_client import run_script
 from das_service.registry import (
     FmRecord,
     Registry,
@@ -25,10 +26,14 @@ from das_service.registry import (
 from das_service.role import RoleContext
 from das_service.settings import Settings
 from das_service.sink.sink import Sink
+from das_service.supervision.answer import LookupQuery
+from das_service.supervision.join import OfflineJoin
+from das_service.supervision.windows import BatchRows, iter_windows
+from das_service.tables.duck import Duck
 from das_service.watch.status import dataset_status
 from schemas import keys
 from schemas.dataset import TIMESTAMP, DatasetSpec, example_schema
-from schemas.entries import encode_batch, head_fields, parse_entry
+from schemas.entries import SHADOW, encode_batch, head_fields, parse_entry
 from schemas.snapshot import OutputColumns, scored_schema
 from schemas.supervision import SCORED, online_layout, pack_values
 from schemas.tables import dead_schema
@@ -133,6 +138,42 @@ class Feeding:
             pa.array([b"abcd"] * len(ids), pa.binary(4)),
         ]
         self._append_outcome(records.scored_log(fm), pa.RecordBatch.from_arrays(columns, schema=schema), meta)
+
+    def say_aside(
+        self,
+        fm: str,
+        example_ids: Sequence[str],
+        *,
+        mark: str = SHADOW,
+        snapshot_id: str = "s2",
+        logit: float = 9.0,
+        generation: int | str = 0,
+        max_bytes: int = 1 << 30,
+    ) -> list[int]:
+        """Log what a shadow, or a backfill, said of examples; give what the script answers."""
+        ids = pa.array(example_ids, pa.string())
+        columns = [
+            ids,
+            keys.digest_array(ids),
+            pa.array([NOON_US] * len(ids), pa.int64()).cast(TIMESTAMP),
+            pa.array([logit] * len(ids), pa.float32()),
+            pa.array([b"wxyz"] * len(ids), pa.binary(4)),
+        ]
+        batch = pa.RecordBatch.from_arrays(columns, schema=scored_schema(OUTPUTS))
+        partitions = keys.partitions_of(batch.column("example_digest"), self.spec.partitions)
+        meta = {"fm": fm, "snapshot_id": snapshot_id, "trained_through": NOON_US - DAY_US, "scored_at": NOON_US + 1}
+        replies, kind = [], records.scored_log(fm)
+        for partition in np.unique(partitions).tolist():
+            part = batch.filter(pa.array(partitions == partition))
+            names = [
+                keys.log(self.dataset, partition, kind),
+                keys.counters(self.dataset, partition),
+                keys.generation(self.dataset, partition, fm),
+            ]
+            head = head_fields(part.schema, num_rows=part.num_rows, num_features=0, meta=meta)
+            arguments = [generation, self.epoch, kind, max_bytes, encode_batch(part), mark, *head]
+            replies.append(run_script(self.client, "append_aside", names, arguments))
+        return replies
 
     def fail(self, fm: str, example_ids: Sequence[str], *, event_time: int = NOON_US) -> None:
         """Log dead letters as a worker does."""
@@ -272,3 +313,17 @@ def names(first: int, last: int) -> list[str]:
 def metric(sink: Sink, name: str, **labels: str) -> float | None:
     """Give a metric of the dataset as the sink counts it."""
     return sink._work.metrics.registry.get_sample_value(name, {"dataset": "ads", **labels})
+
+
+def joined(feeding: Feeding, example_ids: list[str]) -> list[dict[str, Any]]:
+    """What a default join gives, from the tables alone."""
+    duck = Duck(memory_bytes=256 * 1024 * 1024)
+    query = LookupQuery(fms=("f",), embedding_format="encoded")
+    join = OfflineJoin(duck, feeding.folder, read_catalog(feeding.client), "ads", query, client=None)
+    batch = pa.RecordBatch.from_pydict({"example_id": pa.array(example_ids, pa.string())})
+    rows = BatchRows(batch=batch, event_time=np.full(len(example_ids), NOON_US))
+    try:
+        windows = iter_windows([rows], most_rows=1000, granularity="day")
+        return [row for window in windows for row in join.join(window).columns.to_pylist()]
+    finally:
+        duck.close()

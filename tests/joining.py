@@ -133,6 +133,7 @@ def table_rows(columns: dict[str, Any], schema: pa.Schema, spec: DatasetSpec) ->
         "event_day": event_days(times, spec.table_granularity),
         "_example_hash": keys.example_hashes(keys.digest_array(pa.array(hash_of, pa.string()))),
         "_is_shadow": np.zeros(len(times), np.bool_),
+        "_is_backfill": np.zeros(len(times), np.bool_),
     }
     arrays = [made[field.name] for field in schema]
     arrays = [array if isinstance(array, pa.Array) else pa.array(array) for array in arrays]

@@ -6,13 +6,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import redis
 from deltalake import DeltaTable
 
 from das_service.metrics import Metrics
+from das_service.registry import read_catalog
 from das_service.role import RoleContext
 from das_service.sink.sink import Sink
+from fm_inference.engine import Scored
+from fm_inference.publishing import Publisher, append_backfill, microseconds
+from schemas import keys
 from schemas.wire import CURSOR_KEY, iter_marked
 from tests.served import Api, Stand
 
@@ -84,6 +89,28 @@ class Trained:
             answer = self.api.http.post(f"/v1/datasets/{self.dataset}/labels", json={"labels": labels})
             assert answer.status_code == 202, answer.text
         self.stand.work()
+
+    def backfill(self, snapshot_id: str) -> None:
+        """Append what a snapshot says of every stored example: its price."""
+        catalog = read_catalog(self.client)
+        record, snapshot = catalog.fm(self.dataset, "f"), catalog.snapshot(self.dataset, "f", snapshot_id)
+        publisher = Publisher(
+            dataset=self.dataset, fm="f", consumer="", snapshot_id=snapshot_id, snapshot_number=0, generation=0,
+            trained_through_us=microseconds(snapshot.trained_through), epoch=1, ttl_seconds=1,
+            outputs=record.outputs, has_msetex=False,
+        )  # fmt: skip
+        place = Path(self.api.settings.tables_uri) / self.dataset / "examples"
+        rows = DeltaTable(str(place)).to_pyarrow_table(columns=["example_id", "event_time", "price"]).combine_chunks()
+        digests = keys.digest_array(rows["example_id"].combine_chunks())
+        rows = rows.append_column("example_digest", digests)
+        partitions = keys.partitions_of(digests, SPEC["partitions"])
+        for partition in range(SPEC["partitions"]):
+            some = rows.filter(pa.array(partitions == partition)).combine_chunks()
+            scored = Scored(
+                logits={"click": some["price"].to_numpy().astype(np.float32)},
+                embeddings={"hidden": np.zeros((some.num_rows, 4), np.uint8)},
+            )
+            assert not append_backfill(self.client, publisher, partition, some, scored, max_bytes=1 << 30)
 
     def settle(self) -> None:
         if self.sink is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import typer
 
 from das_service.cli.augment import augment
+from das_service.cli.backfill import backfill
 from das_service.cli.batches import batches
 from das_service.cli.dataset import dataset_app
 from das_service.cli.dead_letters import dead_letters_app
@@ -30,7 +31,7 @@ def build_app() -> typer.Typer:
         help="Run the teacher once per example; hand its supervision to every student.\n\nStart: das up",
     )
     run: tuple[Callable[..., None], ...] = (up, api, worker, sink)
-    keep: tuple[Callable[..., None], ...] = (status, recover, compact)
+    keep: tuple[Callable[..., None], ...] = (status, backfill, recover, compact)
     for command in run:
         app.command(rich_help_panel=_RUN)(command)
     handed_on = {"ignore_unknown_options": True, "allow_extra_args": True}

@@ -77,7 +77,7 @@ def worker() -> None:
 
     Example: DAS_REDIS_URL=redis://log:6379/0 DAS_DEVICE=cuda:0 das worker
     """
-    _become_module("fm_inference", needs="torch", hint="pip install 'das-service[worker]', or `das up --no-worker`")
+    become_module("fm_inference", needs="torch", hint="pip install 'das-service[worker]', or `das up --no-worker`")
 
 
 def demo(context: typer.Context) -> None:
@@ -89,7 +89,7 @@ def demo(context: typer.Context) -> None:
     Example: das demo --weeks 3
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin beside others' work
-    _become_module(
+    become_module(
         "experiments.demo",
         needs="experiments",
         hint="the demo is part of the source tree, not of the installed package: clone it and run `make demo`",
@@ -171,7 +171,7 @@ def _start_role(**overrides: str) -> "Settings":
     return settings
 
 
-def _become_module(module: str, *, needs: str, hint: str, arguments: list[str] | None = None) -> None:
+def become_module(module: str, *, needs: str, hint: str, arguments: list[str] | None = None) -> None:
     """Replace this process by `python -m module`: das_service imports nothing from above itself."""
     if importlib.util.find_spec(needs) is None:
         warn(f"das: {needs} is not installed: {hint}")

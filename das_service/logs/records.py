@@ -13,6 +13,7 @@ DATASET_LOGS = (EXAMPLES, LABELS)
 LOGS_FORMAT = 1
 MARK_FORMAT = 1
 SHADOW_ROWS = "shadow_rows"
+BACKFILL_ROWS = "backfill_rows"
 
 
 def scored_log(fm: str) -> str:
@@ -65,8 +66,8 @@ class Mark:
 
     @property
     def outcome_rows(self) -> int:
-        """Rows less those of shadows, which are nobody's outcome."""
-        return self.rows - self.numbers.get(SHADOW_ROWS, 0)
+        """Rows less those of shadows and of backfills, which are nobody's outcome."""
+        return self.rows - self.numbers.get(SHADOW_ROWS, 0) - self.numbers.get(BACKFILL_ROWS, 0)
 
     @property
     def epoch(self) -> int:

@@ -16,6 +16,7 @@ from das_service.folder import fsync_path
 from das_service.settings import MIB
 from das_service.tables.durable_table import DurableTable
 from das_service.tables.offline_store import (
+    ALL_KINDS,
     PARQUET,
     WITH_BOUNDS,
     DataFile,
@@ -41,11 +42,11 @@ class RowCountError(Exception):
 def choose_files(days: DayFiles, *, most_small_files: int, target_bytes: int) -> tuple[dt.date, list[DataFile]] | None:
     """Give an event day and the files of it to put together next; None when no day has too many small files.
 
-    Small is below half of the target. The smallest go first, so that a file is copied a few times at most. Files of
-    shadows are put together with their like.
+    Small is below half of the target. The smallest go first, so that a file is copied a few times at most. Each kind
+    of file is put together with its like.
     """
-    for day, is_shadow in product(sorted(days), (False, True)):
-        alike = (file for file in days[day] if file.is_shadow == is_shadow and file.size_bytes < target_bytes // 2)
+    for day, kind in product(sorted(days), ALL_KINDS):
+        alike = (file for file in days[day] if file.kind == kind and file.size_bytes < target_bytes // 2)
         small = sorted(alike, key=lambda file: file.size_bytes)
         if len(small) <= most_small_files:
             continue
@@ -90,7 +91,7 @@ def compact_step(table: DurableTable, *, most_small_files: int, target_bytes: in
 
 
 def _copy_files(place: TablePlace, day: dt.date, files: Sequence[DataFile], schema: pa.Schema) -> AddAction:
-    name = new_name(day, is_shadow=files[0].is_shadow)
+    name = new_name(day, kind=files[0].kind)
     with removed_on_failure(place, [name]):
         return _copy_files_to(place, name, day, files, schema)
 

@@ -8,6 +8,7 @@ from typing import Any
 import redis
 
 from das_service.logs.records import (
+    BACKFILL_ROWS,
     EXAMPLES,
     LABELS,
     SHADOW_ROWS,
@@ -176,7 +177,7 @@ class DatasetSink:
     def _new_feed(self, kind: str, content: TableContent, logs: LogsFile) -> Feed:
         numbers = [latest_name(partition) for partition in range(logs.partitions)] if kind == EXAMPLES else []
         if IS_SHADOW in content.schema.names:
-            numbers.append(SHADOW_ROWS)
+            numbers += [SHADOW_ROWS, BACKFILL_ROWS]
         table = DurableTable(
             self._work.folder,
             self.dataset,

@@ -54,8 +54,8 @@ class RawEntry:
         return parse_position(self.entry_id)
 
     @property
-    def is_shadow(self) -> bool:
-        """Whether a shadow said it: it is nobody's outcome."""
+    def is_aside(self) -> bool:
+        """Whether a shadow or a backfill said it: it is nobody's outcome."""
         return b"x" in self.fields
 
     @property

@@ -9,7 +9,7 @@ import datetime as dt
 import errno
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -19,21 +19,21 @@ import redis
 from deltalake.exceptions import DeltaError
 
 from das_service.folder import Folder
-from das_service.logs.records import EXAMPLES, LABELS, SHADOW_ROWS, LogsFile
+from das_service.logs.records import EXAMPLES, LABELS, LogsFile
 from das_service.logs.streams import LogCounters, read_after, read_raw_after
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
 from das_service.settings import Settings
+from das_service.sink.aside_rows import outcomes_of, settle_asides, with_asides
 from das_service.sink.commit_cut import Bounds, Cut, LogGapError, Waiting, refuse_gap, refuse_hole
 from das_service.sink.compaction import compact_step
 from das_service.sink.dead_chunks import RawEntry, divert
 from das_service.sink.identity import Known, Verdict, settle_identity
-from das_service.sink.shadow_rows import outcomes_of, settle_shadows
 from das_service.sink.table_rows import NewerSchemaError, TableContent
 from das_service.sink.watermarks import mark_late
 from das_service.tables.duck import Duck
 from das_service.tables.durable_table import DurableTable, LostOwnershipError, TableBehindMarkError
-from das_service.tables.offline_store import rows_at
+from das_service.tables.offline_store import ALL_KINDS, OUTCOME, SERVED, rows_at
 from schemas.entries import Entry, NewerFormatError, Position, parse_entry, parse_position
 from schemas.tables import EVENT_DAY
 
@@ -118,12 +118,12 @@ class Feed:
             self.close()
         self._logs, self._content = logs, content
 
-    def known_rows(self, rows: pa.Table, *, with_shadows: bool = False) -> Known:
+    def known_rows(self, rows: pa.Table, kinds: Collection[str] = (OUTCOME,)) -> Known:
         """Give what the table holds of the event days of these rows, at the version that the next commit builds on."""
         self._open()
         days = rows[EVENT_DAY].unique().cast(pa.int32()).to_pylist()
         event_days = (dt.date.fromordinal(_EPOCH_DAY + day) for day in days)
-        return self.table.known_rows(event_days, with_shadows=with_shadows)
+        return self.table.known_rows(event_days, kinds=kinds)
 
     def close(self) -> None:
         """Forget the loaded table: the next turn opens it again."""
@@ -286,8 +286,7 @@ class Feed:
                 kept = rows_at(rows, verdict.kept)
                 outcomes = outcomes_of(kept)
                 if outcomes.num_rows < kept.num_rows:
-                    shadows = self.table.state.numbers.get(SHADOW_ROWS, 0) + kept.num_rows - outcomes.num_rows
-                    numbers = {**numbers, SHADOW_ROWS: shadows}
+                    numbers = {**numbers, **with_asides(self.table.state.numbers, kept)}
                 self.table.commit(
                     kept,
                     {partition: entry.position for partition, entry in taken},
@@ -308,7 +307,8 @@ class Feed:
         if outcomes.num_rows == rows.num_rows:
             return settle_identity(rows, self.known_rows(rows), duck, key)
         first = settle_identity(outcomes, self.known_rows(outcomes), duck, key)
-        return settle_shadows(rows, first, self.known_rows(rows, with_shadows=True), duck)
+        known = {kinds: self.known_rows(rows, kinds) for kinds in (SERVED, ALL_KINDS)}
+        return settle_asides(rows, first, known[SERVED], known[ALL_KINDS], duck)
 
     def _count_mended(self, rows: pa.Table) -> int:
         """Give how many of these rows are of examples that have the FM's other outcome too, a score or a failure."""
@@ -350,7 +350,7 @@ class Feed:
             retention_hours=self._work.settings.retention_hours,
         )
         self._work.metrics.dead_chunks.labels(self.table.dataset, self.kind).inc()
-        diverted = 0 if entry.is_shadow else entry.num_rows
+        diverted = 0 if entry.is_aside else entry.num_rows
         self.table.commit(self._content.schema.empty_table(), {partition: position}, diverted=diverted)
 
     def _note(self, error: Exception, now: float) -> None:

@@ -51,7 +51,7 @@ from das_service.sink.rescore_plan import (
 )
 from das_service.sink.table_rows import example_chunk
 from das_service.tables.duck import Duck, quoted_path
-from das_service.tables.offline_store import TableReader, table_place
+from das_service.tables.offline_store import OUTCOME, TableReader, table_place
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.entries import Position, parse_position
@@ -322,7 +322,7 @@ class Rescorer:
 
 
 def _of_day(reader: TableReader, day: dt.date) -> Known:
-    return reader.rows_of(file for file in reader.days.get(day, []) if not file.is_shadow)
+    return reader.rows_of(file for file in reader.days.get(day, []) if file.kind == OUTCOME)
 
 
 def _has_files(files: Known) -> bool:

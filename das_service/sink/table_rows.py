@@ -21,6 +21,7 @@ from schemas.snapshot import OutputColumns, scored_schema
 from schemas.tables import (
     EVENT_DAY,
     EXAMPLE_HASH,
+    IS_BACKFILL,
     IS_SHADOW,
     LABEL_HASH,
     LOG_ROW,
@@ -70,6 +71,7 @@ def supervision_rows(entries: Sequence[Entry], outputs: OutputColumns, granulari
         "scored_at": _per_entry_times(entries, [entry.meta["scored_at"] for entry in entries]),
         "available_at": _per_entry_times(entries, [entry.taken_at_us for entry in entries]),
         IS_SHADOW: _per_entry(entries, pa.array([entry.is_shadow for entry in entries], pa.bool_())),
+        IS_BACKFILL: _per_entry(entries, pa.array([entry.is_backfill for entry in entries], pa.bool_())),
     }
     return _table(supervision_table_schema(outputs), columns, made)
 

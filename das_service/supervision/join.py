@@ -11,7 +11,7 @@ Source: docs/adr/0007-the-offline-join.md
 """
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -41,7 +41,7 @@ from das_service.supervision.buffers import BufferPool
 from das_service.supervision.lookup import Asked, fetch_values, unfinished_partitions
 from das_service.supervision.windows import Window, days_of
 from das_service.tables.duck import Duck, quoted_path
-from das_service.tables.offline_store import TablePlace, TableReader, known_rows, table_place
+from das_service.tables.offline_store import ALL_KINDS, SERVED, TablePlace, TableReader, known_rows, table_place
 from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.snapshot import OutputColumns
@@ -243,10 +243,10 @@ class _Table:
         return cls(place, reader)
 
     def source(
-        self, cursor: duckdb.DuckDBPyConnection, event_days: Sequence[dt.date], *, with_shadows: bool = False
+        self, cursor: duckdb.DuckDBPyConnection, event_days: Sequence[dt.date], *, kinds: Collection[str] = SERVED
     ) -> str | None:
         """Give what a query reads these event days from, None where the table has nothing of them."""
-        rows = known_rows(self.place, self.reader.days, event_days, with_shadows=with_shadows)
+        rows = known_rows(self.place, self.reader.days, event_days, kinds=kinds)
         if isinstance(rows, pads.Dataset):
             cursor.register("stored", rows)
             return "stored"
@@ -329,7 +329,7 @@ class _WindowJoin:
 
     def _find_in_tables(self) -> None:
         is_pinned = self._limits is not None and self._limits.snapshot is not None
-        source = self._fm.supervision.source(self._cursor, self._days, with_shadows=is_pinned)
+        source = self._fm.supervision.source(self._cursor, self._days, kinds=ALL_KINDS if is_pinned else SERVED)
         if source is None or self._fm.record.outputs is None:
             return
         outputs = [name for name in self._values if not name.startswith("_")]

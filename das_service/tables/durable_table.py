@@ -10,7 +10,7 @@ freed. On an object store a PUT is durable, and the mark is written for those wh
 
 import datetime as dt
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from das_service.tables.commit_log import NUM_ACTIONS, fsync_checkpoint, fsync_c
 from das_service.tables.offline_store import (
     CHECKPOINT_COMMITS,
     NO_HOOKS,
+    OUTCOME,
     DayFiles,
     TablePlace,
     create_table,
@@ -143,9 +144,14 @@ class DurableTable:
         self._load(replace(self.state, version=self.delta.version()))
         self._make_durable(self.state.version - 1)
 
-    def known_rows(self, event_days: Iterable[dt.date], *, with_shadows: bool = False) -> Sequence[str] | pads.Dataset:
-        """Give what the rows of these event days are read from, at the version that the next commit builds on."""
-        return known_rows(self.place, self._days, event_days, with_shadows=with_shadows)
+    def known_rows(
+        self, event_days: Iterable[dt.date], *, kinds: Collection[str] = (OUTCOME,)
+    ) -> Sequence[str] | pads.Dataset:
+        """Give what the rows of these event days are read from, at the version that the next commit builds on.
+
+        What was said besides outcomes is left out unless asked for: the owner settles and counts outcomes.
+        """
+        return known_rows(self.place, self._days, event_days, kinds=kinds)
 
     def commit(
         self,

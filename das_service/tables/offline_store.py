@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from das_service.folder import Folder, fsync_path, make_directory
-from schemas.tables import EVENT_DAY, EXAMPLE_HASH, IS_SHADOW
+from schemas.tables import EVENT_DAY, EXAMPLE_HASH, IS_BACKFILL, IS_SHADOW
 
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 CHECKPOINT_COMMITS = 25  # reading 100 commits again at each one takes twice as long as a checkpoint does
 PARQUET = {"compression": "zstd", "compression_level": 1}
 _MOST_RUNS = 200
-_SHADOW_FILE = "shadow-"
+OUTCOME, BACKFILLED, SHADOWED = "part", "backfill", "shadow"
+SERVED = (OUTCOME, BACKFILLED)
+ALL_KINDS = (*SERVED, SHADOWED)
 _DISTINCT = frozenset({"example_id", "event_time", "content_hash", EXAMPLE_HASH})
 WITH_BOUNDS = (
     "event_time", "label_time", "received_at", "available_at", "closed_at", "log_position", "ready_seq",
@@ -65,9 +67,13 @@ class DataFile:
     last_position: int | None = None
 
     @property
-    def is_shadow(self) -> bool:
-        """Whether it holds what shadows said, and nothing else: readers leave it out unless they ask for it."""
-        return self.path.rpartition("/")[2].startswith(_SHADOW_FILE)
+    def kind(self) -> str:
+        """What its rows are, all of them: outcomes, what backfills said, or what shadows said.
+
+        Readers leave shadows' files out unless they ask for them; whoever counts outcomes leaves out backfills' too.
+        """
+        first = self.path.rpartition("/")[2].partition("-")[0]
+        return first if first in {BACKFILLED, SHADOWED} else OUTCOME
 
 
 DayFiles = Mapping[dt.date, list[DataFile]]
@@ -189,9 +195,11 @@ class TableReader:
         """Give the table's Arrow schema; empty while there is no table."""
         return pa.schema([]) if self._table is None else pa.schema(self._table.schema().to_arrow())
 
-    def files_of_days(self, event_days: Iterable[dt.date] | None = None) -> list[str]:
+    def files_of_days(
+        self, event_days: Iterable[dt.date] | None = None, *, kinds: Collection[str] = SERVED
+    ) -> list[str]:
         """Give the full paths (on an object store: paths within its file system) of these event days, default all."""
-        return file_paths(self._place, self._days, event_days)
+        return file_paths(self._place, self._days, event_days, kinds=kinds)
 
     def rows_of(self, files: Iterable[DataFile]) -> list[str] | pads.Dataset:
         """Give what DuckDB reads these files from, as known_rows does; a column that a file lacks is null."""
@@ -200,19 +208,19 @@ class TableReader:
 
 
 def file_paths(
-    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] | None = None, *, with_shadows: bool = False
+    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date] | None = None, *, kinds: Collection[str] = SERVED
 ) -> list[str]:
-    """Give the full paths of the files of these event days, default all; those of shadows only where asked for."""
+    """Give the full paths of the files of these event days, default all, that are of one of these kinds."""
     wanted = sorted(days) if event_days is None else sorted(set(event_days))
     found = (file for day in wanted for file in days.get(day, []))
-    return [f"{place.root}/{file.path}" for file in found if with_shadows or not file.is_shadow]
+    return [f"{place.root}/{file.path}" for file in found if file.kind in kinds]
 
 
 def known_rows(
-    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date], *, with_shadows: bool = False
+    place: TablePlace, days: DayFiles, event_days: Iterable[dt.date], *, kinds: Collection[str] = SERVED
 ) -> list[str] | pads.Dataset:
     """Give what DuckDB reads these event days from: file paths, or off this machine a dataset that pyarrow reads."""
-    return _readable(place, file_paths(place, days, event_days, with_shadows=with_shadows), None)
+    return _readable(place, file_paths(place, days, event_days, kinds=kinds), None)
 
 
 def _readable(place: TablePlace, paths: list[str], schema: pa.Schema | None) -> list[str] | pads.Dataset:
@@ -232,28 +240,32 @@ def _readable(place: TablePlace, paths: list[str], schema: pa.Schema | None) -> 
 def write_files(place: TablePlace, rows: pa.Table) -> list[AddAction]:
     """Write rows into one new file per event day, fsynced on a folder, and give the actions that add them.
 
-    What shadows said goes to files of its own, so that nobody reads it who does not ask for it.
+    What shadows and backfills said goes to files of its own, so that nobody reads it who does not ask for it.
     """
     added: list[AddAction] = []
     names: list[str] = []
     with removed_on_failure(place, names):
-        for is_shadow, some in _iter_shadows_apart(rows):
+        for kind, some in _iter_kinds_apart(rows):
             for day, part in _iter_days(some):
-                names.append(new_name(day, is_shadow=is_shadow))
+                names.append(new_name(day, kind=kind))
                 added.append(_write_file(place, names[-1], day, part))
     return added
 
 
-def _iter_shadows_apart(rows: pa.Table) -> Iterator[tuple[bool, pa.Table]]:
-    """Give the rows that are no shadow's (False), then those that are (True); neither where there are none."""
+def _iter_kinds_apart(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Give the outcomes, then what backfills said, then what shadows said; none of what there is not."""
     if IS_SHADOW not in rows.column_names:
-        yield False, rows
+        yield OUTCOME, rows
         return
-    is_shadow = pc.fill_null(rows[IS_SHADOW], False).to_numpy()  # noqa: FBT003 - what null is
-    for wanted in (False, True):
-        numbers = np.flatnonzero(is_shadow == wanted)
+    is_shadow, is_backfill = (
+        pc.fill_null(rows[name], False).to_numpy()  # noqa: FBT003 - what null is
+        for name in (IS_SHADOW, IS_BACKFILL)
+    )
+    chosen = {OUTCOME: ~(is_shadow | is_backfill), BACKFILLED: is_backfill, SHADOWED: is_shadow}
+    for kind, is_one in chosen.items():
+        numbers = np.flatnonzero(is_one)
         if len(numbers):
-            yield wanted, rows_at(rows, numbers)
+            yield kind, rows_at(rows, numbers)
 
 
 @contextlib.contextmanager
@@ -268,10 +280,9 @@ def removed_on_failure(place: TablePlace, names: Sequence[str]) -> Iterator[None
         raise
 
 
-def new_name(day: dt.date, *, is_shadow: bool = False) -> str:
+def new_name(day: dt.date, *, kind: str = OUTCOME) -> str:
     """Give the name of a new file of an event day."""
-    kind = _SHADOW_FILE if is_shadow else "part-"
-    return f"{EVENT_DAY}={day.isoformat()}/{kind}{uuid.uuid4()}.parquet"
+    return f"{EVENT_DAY}={day.isoformat()}/{kind}-{uuid.uuid4()}.parquet"
 
 
 def _iter_days(rows: pa.Table) -> Iterator[tuple[dt.date, pa.Table]]:

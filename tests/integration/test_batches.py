@@ -131,6 +131,20 @@ def test_supervision_after_the_bounds_is_not_seen(trained: Trained) -> None:
     assert set(later.table["f__snapshot_id"].to_pylist()) == {"s1", "s2"}
 
 
+def test_cursors_from_before_a_backfill_do_not_see_it_and_later_ones_do(trained: Trained) -> None:
+    trained.close(0, 200)
+    trained.stand.validate("s2", trained_through=datetime(2026, 2, 1, tzinfo=UTC))
+    early = trained.read(fms="f", snapshot="s2")
+    trained.backfill("s2")
+    trained.settle()
+    assert trained.read(cursor=early.start).content == early.content
+    assert set(early.table["f__status"].to_pylist()) == {"missing"}
+    later = trained.read(fms="f", snapshot="s2").table
+    assert set(later["f__status"].to_pylist()) == {"present"}
+    assert later["f__click__logit"].to_pylist() == later["price"].to_pylist()
+    assert set(trained.read(fms="f").table["f__snapshot_id"].to_pylist()) == {"s1"}
+
+
 def test_only_the_pinned_snapshot_counts(trained: Trained) -> None:
     trained.close(0, 200)
     trained.stand.validate("s2", trained_through=datetime(2026, 2, 1, tzinfo=UTC))

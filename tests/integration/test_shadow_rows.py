@@ -4,24 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from das_service.logs import records, streams
 from das_service.redis_client import run_script
-from das_service.registry import read_catalog
 from das_service.sink.compaction import compact_step
-from das_service.supervision.answer import LookupQuery
-from das_service.supervision.join import OfflineJoin
-from das_service.supervision.windows import BatchRows, iter_windows
-from das_service.tables.duck import Duck
 from schemas import keys
-from schemas.dataset import TIMESTAMP
-from schemas.entries import Position, encode_batch, head_fields
-from schemas.snapshot import scored_schema
+from schemas.entries import Position
 from tests.conftest import Server, make_settings
-from tests.feeding import DAY_US, NOON_US, OUTPUTS, Feeding, metric, names
+from tests.feeding import OUTPUTS, Feeding, joined, metric, names
 
 
 @pytest.fixture
@@ -34,39 +25,9 @@ def feeding(server: Server, tmp_path: Path) -> Iterator[Feeding]:
         feeding.close()
 
 
-def shadow(
-    feeding: Feeding,
-    example_ids: list[str],
-    *,
-    snapshot_id: str = "s2",
-    logit: float = 9.0,
-    generation: int = 0,
-    max_bytes: int = 1 << 30,
-) -> list[int]:
+def shadow(feeding: Feeding, example_ids: list[str], **options: Any) -> list[int]:
     """Log what a shadow said of examples as a worker does; give what the script answers."""
-    ids = pa.array(example_ids, pa.string())
-    columns = [
-        ids,
-        keys.digest_array(ids),
-        pa.array([NOON_US] * len(ids), pa.int64()).cast(TIMESTAMP),
-        pa.array([logit] * len(ids), pa.float32()),
-        pa.array([b"wxyz"] * len(ids), pa.binary(4)),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=scored_schema(OUTPUTS))
-    partitions = keys.partitions_of(batch.column("example_digest"), feeding.spec.partitions)
-    meta = {"fm": "f", "snapshot_id": snapshot_id, "trained_through": NOON_US - DAY_US, "scored_at": NOON_US}
-    replies = []
-    for partition in np.unique(partitions).tolist():
-        part = batch.filter(pa.array(partitions == partition))
-        names = [
-            keys.log("ads", partition, records.scored_log("f")),
-            keys.counters("ads", partition),
-            keys.generation("ads", partition, "f"),
-        ]
-        head = head_fields(part.schema, num_rows=part.num_rows, num_features=0, meta=meta)
-        arguments = [generation, feeding.epoch, records.scored_log("f"), max_bytes, encode_batch(part), *head]
-        replies.append(run_script(feeding.client, "shadow", names, arguments))
-    return replies
+    return feeding.say_aside("f", example_ids, **options)
 
 
 def said(feeding: Feeding) -> list[tuple[str, str, bool]]:
@@ -78,20 +39,6 @@ def said(feeding: Feeding) -> list[tuple[str, str, bool]]:
 def counts(feeding: Feeding) -> dict[str, int]:
     found = feeding.status()["fms"]["f"]
     return {name: found[name] for name in ("scored", "failed", "pending", "diverted")}
-
-
-def joined(feeding: Feeding, example_ids: list[str]) -> list[dict[str, Any]]:
-    """What a default join gives, from the tables alone."""
-    duck = Duck(memory_bytes=256 * 1024 * 1024)
-    query = LookupQuery(fms=("f",), embedding_format="encoded")
-    join = OfflineJoin(duck, feeding.folder, read_catalog(feeding.client), "ads", query, client=None)
-    batch = pa.RecordBatch.from_pydict({"example_id": pa.array(example_ids, pa.string())})
-    rows = BatchRows(batch=batch, event_time=np.full(len(example_ids), NOON_US))
-    try:
-        windows = iter_windows([rows], most_rows=1000, granularity="day")
-        return [row for window in windows for row in join.join(window).columns.to_pylist()]
-    finally:
-        duck.close()
 
 
 def test_a_shadows_rows_are_stored_beside_the_outcomes_and_counted_as_nobodys(feeding: Feeding) -> None:
@@ -212,7 +159,7 @@ def test_compaction_keeps_shadows_apart_and_loses_no_row(feeding: Feeding) -> No
         pass
 
     files = [file for files in table.days.values() for file in files]
-    assert (said(feeding), sorted(file.is_shadow for file in files)) == (before, [False, True])
+    assert (said(feeding), sorted(file.kind for file in files)) == (before, ["part", "shadow"])
     assert {row["f__snapshot_id"] for row in joined(feeding, names(0, 30))} == {"s1"}
     assert counts(feeding)["scored"] == 30
 

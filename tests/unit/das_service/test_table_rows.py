@@ -99,5 +99,5 @@ def test_supervision_says_which_snapshot_scored_it_and_when() -> None:
         "example_id": "b", "event_time": moment, "snapshot_id": "s1",
         "trained_through": moment - dt.timedelta(microseconds=10), "scored_at": moment + dt.timedelta(microseconds=5),
         "available_at": moment, "log_position": 1 << 40, "event_day": moment.date(),
-        "click__logit": -1.0, "hidden": b"efgh", "_is_shadow": False,
+        "click__logit": -1.0, "hidden": b"efgh", "_is_shadow": False, "_is_backfill": False,
     }  # fmt: skip
