@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (redis.exceptions.RedisError, OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
         return _fail(f"the server of the logs or the tables can't be used ({error}); run it again: it goes on", REFUSED)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(
-            f"there is too little memory for the model ({first_line(error)}); DAS_DEVICE names another", REFUSED
-        )
+        return _fail(f"too little memory for the model ({first_line(error)}); DAS_DEVICE names another", REFUSED)
     _report(tally, time.monotonic() - started, asked)
     return STOPPED if tally.stopped else 0
 
