@@ -18,8 +18,8 @@ from das_service.up.supervisor import RunningService, running_service
 from tests.replay import reference as reference_module
 from tests.replay import stream as stream_module
 from tests.replay.reference import Known, Reference, delivered, expected_steps, is_leaky, partition_of
-from tests.replay.service import FM, Replay, build_kills, export_teachers, iter_taken, wait_until
-from tests.replay.stream import PARTITIONS, Step, build_steps
+from tests.replay.service import FM, Kill, Replay, build_kills, export_teachers, iter_taken, wait_until
+from tests.replay.stream import NUM_STEPS, PARTITIONS, Step, build_steps
 from tests.replay.student import auc, train
 
 SERVICE_OWN = ("ready_seq", "closed_at", f"{FM}__scored_at")
@@ -208,20 +208,25 @@ def test_valid_supervision_helps_a_student_and_less_than_peeking(students: dict[
 
 # ---- restarts
 
-SEEDED: list[tuple[str, int]] = [("worker,api", 6), ("sink,valkey", 8), ("sink,worker,api,valkey", 81)]
+# between the commits of `closed` and `late_labels`; after the last closing no other one makes up for it
+AT_CLOSINGS = [Kill(step=step, moment="closing", role="sink") for step in (NUM_STEPS - 1, NUM_STEPS)]
+KILLS = {
+    6: build_kills(["worker", "api"], seed=6),
+    8: [*build_kills(["sink", "valkey"], seed=8), *AT_CLOSINGS],
+    81: build_kills(["sink", "worker", "api", "valkey"], seed=81),
+}
 
 
-@pytest.mark.parametrize(("roles", "seed"), SEEDED)
+@pytest.mark.parametrize("seed", KILLS)
 def test_the_replay_is_exact_whoever_is_killed_whenever(
-    undisturbed: Outcome, service: RunningService, client: Client, roles: str, seed: int
+    undisturbed: Outcome, service: RunningService, client: Client, seed: int
 ) -> None:
-    kills = build_kills(roles.split(","), seed=seed)
-    replay = Replay(service, client, f"killed{seed}", kills)
+    replay = Replay(service, client, f"killed{seed}", KILLS[seed])
     replay.declare_like("undisturbed")
 
     outcome = run(replay, build_steps(seed))
 
-    assert sorted(replay.killed, key=repr) == sorted(kills, key=repr)
+    assert sorted(replay.killed, key=repr) == sorted(KILLS[seed], key=repr)
     check_rows(outcome)
     check_late_labels(outcome)
     check_order(outcome)
