@@ -20,7 +20,7 @@ from loadtest.workload import SPEC, START, START_US
 from schemas import keys
 from schemas.dataset import TIMESTAMP, DatasetSpec
 from schemas.snapshot import OutputColumns
-from schemas.tables import event_days, supervision_table, supervision_table_schema
+from schemas.tables import IS_BACKFILL, IS_SHADOW, event_days, supervision_table, supervision_table_schema
 
 COMMIT_ROWS = 250_000
 NUM_DAYS = 7
@@ -103,7 +103,7 @@ def iter_supervision(num_rows: int) -> Iterator[pa.Table]:
             "click__logit": pa.array(random.standard_normal(count, np.float32)),
             "buy__logit": pa.array(random.standard_normal(count, np.float32)),
             "hidden": _fixed_width(pa.binary(), random.bytes(128 * count), 128),
-            "_is_shadow": pa.repeat(False, count),  # noqa: FBT003 - a value
+            **dict.fromkeys((IS_SHADOW, IS_BACKFILL), pa.array(np.zeros(count, bool))),
             "_example_hash": pa.array(keys.example_hashes(keys.digest_array(ids))),
         }
         yield pa.table([columns[field.name] for field in schema], schema=schema)
