@@ -80,20 +80,24 @@ def connect(
     )
 
 
-def run_scripts(client: redis.Redis, calls: Sequence[ScriptCall]) -> list[Any]:
+def run_scripts(client: redis.Redis, calls: Sequence[ScriptCall], *, at_once: bool = False) -> list[Any]:
     """Run the calls in one round trip and give their replies in order; an error reply stands in its place.
 
     The scripts are sent by digest; a server that does not know one yet is told and asked again.
 
+    at_once: as one transaction, so that the server waits for its disk once, where it would wait for each long call. If
+    it refuses to take one of them, none runs, and the error stands in all places.
+
     Raises:
         redis.exceptions.ConnectionError: The server is gone; the calls may or may not have run.
     """
-    replies = _evalsha(client, calls)
+    replies = _evalsha(client, calls, at_once=at_once)
     unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if unknown:
         for text in {calls[i].script.text for i in unknown}:
             client.script_load(text)
-        for i, reply in zip(unknown, _evalsha(client, [calls[i] for i in unknown]), strict=True):
+        again = _evalsha(client, [calls[i] for i in unknown], at_once=at_once)
+        for i, reply in zip(unknown, again, strict=True):
             replies[i] = reply
     return replies
 
@@ -110,11 +114,14 @@ def run_script(client: redis.Redis, name: str, keys: Sequence[str | bytes], args
     return reply
 
 
-def _evalsha(client: redis.Redis, calls: Sequence[ScriptCall]) -> list[Any]:
-    pipeline = client.pipeline(transaction=False)
+def _evalsha(client: redis.Redis, calls: Sequence[ScriptCall], *, at_once: bool) -> list[Any]:
+    pipeline = client.pipeline(transaction=at_once and len(calls) > 1)
     for call in calls:
         pipeline.evalsha(call.script.sha, len(call.keys), *call.keys, *call.args)
-    return list(pipeline.execute(raise_on_error=False))
+    try:
+        return list(pipeline.execute(raise_on_error=False))
+    except ResponseError as error:  # the transaction was not taken: no memory is left, say
+        return [error] * len(calls)
 
 
 def has_msetex(client: redis.Redis) -> bool:

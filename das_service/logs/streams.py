@@ -199,7 +199,7 @@ def append_chunks(client: redis.Redis, chunks: Sequence[Chunk], limits: AppendLi
         ]
         calls.append(ScriptCall(script("append"), names, [*args, *chunk.head]))
     appended = []
-    for chunk, reply in zip(chunks, run_scripts(client, calls), strict=True):
+    for chunk, reply in zip(chunks, run_scripts(client, calls, at_once=True), strict=True):
         what, detail = _append_reply(reply)
         if what not in {"OK", "SEEN"}:
             raise _append_refusal(what, detail, chunk)
