@@ -1,7 +1,6 @@
 """Metrics batch by batch are those of all rows at once, within the error that they state."""
 
 import math
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -52,7 +51,7 @@ def test_the_auc_is_within_the_error_that_is_stated(triples: list[Triple], bins:
 @given(rows, st.integers(1, 8))
 def test_the_error_is_half_the_share_of_the_pairs_that_meet_in_a_bin(triples: list[Triple], bins: int) -> None:
     def bin_of(logit: float) -> int:
-        return min(max(math.floor((Fraction(logit) + 4) * bins / 8), 0), bins - 1)
+        return min(max(math.floor((logit + 4) * (bins / 8)), 0), bins - 1)
 
     logits, labels = kept(triples)
     pairs = [
