@@ -1,6 +1,7 @@
-"""The student's side: `AugmentedDataset` (training batches as tensors), `losses` (distillation) and `metrics`."""
+"""The student's side: `AugmentedDataset` (batches as tensors), `heads` and `losses` to distil, metrics, students."""
 
+from vm_training.heads import AuxiliaryHead, GradScale, StudentAdapter
 from vm_training.loader import AugmentedDataset
-from vm_training.tensors import Batch
+from vm_training.tensors import Batch, Supervision
 
-__all__ = ["AugmentedDataset", "Batch"]
+__all__ = ["AugmentedDataset", "AuxiliaryHead", "Batch", "GradScale", "StudentAdapter", "Supervision"]

@@ -11,7 +11,7 @@ Shapes: B rows, F float features, C categories, N elements of all lists, D numbe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -63,7 +63,7 @@ class Supervision:
 
     present_B: Tensor
     logits: Mapping[str, Tensor]
-    packed: Mapping[str, Packed]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     def embedding(self, name: str) -> Tensor:
         """Give an embedding as float32 (B, D), decoded where its bytes lie; zeros where it is not present."""

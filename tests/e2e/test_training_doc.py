@@ -1,10 +1,11 @@
-"""docs/training.md does what it says: its blocks run in their order beside a service, Spark's apart.
+"""docs/training.md does what it says: its blocks run in their order beside a service, Spark's and deepctr's apart.
 
 Its rule for reading the tables is also held against the reference of tests/joining, where there are many snapshots.
 """
 
 import contextlib
 import datetime as dt
+import math
 import os
 import re
 import subprocess
@@ -34,8 +35,8 @@ from schemas.dataset import DatasetSpec
 from schemas.snapshot import OutputColumns
 from tests.fakes import expected_supervision, export_closed_form
 from tests.joining import BASE_US, DAY_US, SECOND_US, Failed, Fm, Said, caller_table, judge_row, logit_of, write_tables
+from tests.training_doc import LEFT_OUT, Block, blocks, blocks_with
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 SPEC = DatasetSpec.model_validate(
     {
         "features": [{"name": "price", "type": "float"}],
@@ -48,42 +49,6 @@ ROWS, LEAKY, POISON = 900, 20, 500
 GAP = dt.timedelta(days=1)
 WAIT_SECONDS = 90.0
 CLOSED = ROWS - 50  # at least: the windows of the last 20 are open, and the partitions' latest rows lie a bit apart
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of the document. section: the heading above it."""
-
-    section: str
-    language: str
-    code: str
-    line: int
-
-    def run(self, names: dict[str, Any]) -> None:
-        """Run Python with these names; what it assigns is put among them."""
-        padding = "\n" * self.line  # so that a traceback names the line of the document
-        exec(compile(padding + self.code, str(DOC), "exec"), names)
-
-
-def blocks() -> list[Block]:
-    found, section, fence = [], "", None
-    for number, line in enumerate(DOC.read_text(encoding="utf-8").splitlines(), 1):
-        if fence is not None:
-            if line == "```":
-                found.append(Block(section, fence[0], "\n".join(fence[2]) + "\n", fence[1]))
-                fence = None
-            else:
-                fence[2].append(line)
-        elif line.startswith("```"):
-            fence = (line.removeprefix("```"), number, [])
-        elif line.startswith("#"):
-            section = line.lstrip("# ")
-    return found
-
-
-def blocks_with(*texts: str) -> list[Block]:
-    """Give the block that has each text."""
-    return [next(block for block in blocks() if text in block.code) for text in texts]
 
 
 # ---- beside a service
@@ -101,7 +66,7 @@ class Ran:
         return self.names[name]
 
     def run(self, block: Block) -> None:
-        if block.language == "python":
+        if block.language != "sh":
             block.run(self.names)
             return
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -172,7 +137,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
             patch.delenv(name)
         patch.setenv("DAS_API_URL", service.url)
         for block in blocks():
-            if block.section != "Spark":
+            if block.section not in LEFT_OUT:
                 ran.run(block)
     return ran
 
@@ -205,12 +170,14 @@ def expected_hidden() -> Any:
     return decode(expected_supervision(clicks(), SPEC)[1]["hidden"], 8, "float16")
 
 
-def test_every_block_but_spark_is_python_or_shell_that_ran(ran: Ran) -> None:
-    assert {block.language for block in blocks()} == {"python", "sh"}
-    left_out = [block for block in blocks() if block.section == "Spark"]
-    assert len(left_out) == 1
-    assert "pyspark" in left_out[0].code
-    assert "pyspark" not in "".join(block.code for block in blocks() if block not in left_out)
+def test_every_block_but_two_is_code_that_ran(ran: Ran) -> None:
+    assert {block.language for block in blocks()} == {"python", "sh", "diff"}
+    left_out = [block.code for block in blocks() if block.section in LEFT_OUT]
+    assert len(left_out) == len(LEFT_OUT)
+    others = "".join(block.code for block in blocks() if block.section not in LEFT_OUT)
+    for library in ("pyspark", "deepctr_torch"):
+        assert sum(library in code for code in left_out) == 1
+        assert library not in others
 
 
 def test_augment_gives_the_frame_back_with_supervision(ran: Ran) -> None:
@@ -293,6 +260,23 @@ def test_the_loader_reads_each_closed_row_once_in_every_way(ran: Ran) -> None:
         written = pa.ipc.open_stream(file).read_all()
     assert CLOSED <= written.num_rows == ran["num_rows"] == ran["num_rows_beside"] < ROWS
     assert written["teacher__status"].to_pylist().count("leaky") == LEAKY
+
+
+def test_the_diff_of_ten_lines_trains_before_and_after(ran: Ran) -> None:
+    (diff,) = [block for block in blocks_with("+tasks = ") if block.language == "diff"]
+    assert sum(line.startswith("+") for line in diff.code.splitlines()) <= 10
+    assert math.isfinite(ran["loss"].item())
+    trained = [*ran["layers"].parameters(), *ran["adapter"].parameters()]
+    assert all(weight.isfinite().all() for weight in trained)
+    distilled = [weight for head in (ran["heads"], ran["adapted_heads"]) for weight in head.parameters()]
+    assert all(weight.grad is not None for weight in distilled)
+    assert ran["progress"].fit().rows > 0
+
+
+def test_the_student_that_is_served_says_what_it_says_in_training(ran: Ran) -> None:
+    served = torch.export.load(ran.folder / "student.pt2").module()
+    price_B1 = torch.linspace(0, 9, 5)[:, None]
+    torch.testing.assert_close(served(input=price_B1), ran["served"](ran["backbone"](price_B1)))
 
 
 def test_a_resumed_loader_goes_on_with_the_next_batch(ran: Ran) -> None:
