@@ -1,8 +1,10 @@
 """The API: takes examples in, hands supervision out, declares what both are about. Imports no torch."""
 
+import gc
 import ipaddress
 import logging
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -100,6 +102,12 @@ def main(settings: Settings) -> int:
 
 class _Server(uvicorn.Server):
     """A server that lets endless answers end before it waits for the others."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve. What is there by now stays: the collector would go over it for every few batches."""
+        await super().startup(sockets=sockets)
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take notice of a signal to end."""

@@ -119,9 +119,21 @@ def _evalsha(client: redis.Redis, calls: Sequence[ScriptCall], *, at_once: bool)
     for call in calls:
         pipeline.evalsha(call.script.sha, len(call.keys), *call.keys, *call.args)
     try:
-        return list(pipeline.execute(raise_on_error=False))
+        return execute(pipeline)
     except ResponseError as error:  # the transaction was not taken: no memory is left, say
         return [error] * len(calls)
+
+
+def execute(pipeline: Any) -> list[Any]:  # noqa: ANN401 - redis-py names no type for it
+    """Give the replies of a pipeline; an error reply stands in its place, without its traceback.
+
+    A traceback would be part of a cycle, and keep all that its frames and their callers know until the collector comes.
+    """
+    replies = list(pipeline.execute(raise_on_error=False))
+    for reply in replies:
+        if isinstance(reply, Exception):
+            reply.__traceback__ = None
+    return replies
 
 
 def has_msetex(client: redis.Redis) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import duckdb
 
 from das_service.folder import Folder
+from das_service.freed_memory import keep_freed_memory
 from das_service.redis_client import connect
 from das_service.registry import Registry, parse_catalog
 from das_service.settings import Settings, load_settings
@@ -80,6 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=sorted(JOINS))
     which, settings = parser.parse_args().which, load_settings()
+    if which == "das":
+        keep_freed_memory()  # as `das augment` does
     for line in sys.stdin:
         print(json.dumps(run(which, Path(line.rstrip("\n")), settings)), flush=True)
 

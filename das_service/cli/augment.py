@@ -45,6 +45,7 @@ def augment(
     Example: das augment clicks/ augmented/ --dataset ads --fm teacher --output click
     """
     from das_service.errors import DasError
+    from das_service.freed_memory import keep_freed_memory
     from das_service.settings import load_settings
 
     if target.exists() and not overwrite:
@@ -52,6 +53,7 @@ def augment(
     if not source.exists():
         raise InputError(f"there is no {source}")
     settings = load_settings(None, **tables_settings(folder))
+    keep_freed_memory()
     started = time.monotonic()
     try:
         summary = _augment(settings, source, target, dataset, fm, output, max_freshness_gap_seconds)

@@ -102,9 +102,11 @@ def _opened(settings: "Settings", dataset: str, asked: "BatchParameters") -> Ite
 def _reading(settings: "Settings", client: "redis.Redis") -> Iterator["Reading"]:
     from das_service.batches.stream import PageBudget, Reading, page_pool
     from das_service.folder import Folder
+    from das_service.freed_memory import keep_freed_memory
     from das_service.registry import Registry, parse_catalog
     from das_service.tables.duck import Duck
 
+    keep_freed_memory()
     tables = Folder(settings.tables_uri, settings.storage_options)
     registry = Registry(client, tables)  # of which the copy beside the tables is read, without the server
     duck, pool = Duck(memory_bytes=settings.duckdb_memory_bytes), page_pool()

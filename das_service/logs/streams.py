@@ -22,7 +22,7 @@ from das_service.logs.records import (
     table_of_log,
     write_logs_file,
 )
-from das_service.redis_client import Argument, ScriptCall, run_script, run_scripts, script
+from das_service.redis_client import Argument, ScriptCall, execute, run_script, run_scripts, script
 from schemas import keys
 from schemas.entries import Entry, Position, parse_entry, parse_position
 
@@ -369,7 +369,7 @@ def read_groups(
     for partition in numbers:
         pipeline.xinfo_groups(keys.log(dataset, partition, kind))
     states: dict[int, dict[str, GroupState]] = {}
-    for partition, reply in zip(numbers, pipeline.execute(raise_on_error=False), strict=True):
+    for partition, reply in zip(numbers, execute(pipeline), strict=True):
         if isinstance(reply, redis.exceptions.ResponseError):
             continue
         if isinstance(reply, Exception):
