@@ -42,12 +42,37 @@ _HIVE = "union_by_name = true, hive_partitioning = false"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """Rows in ready order. counts: per FM how many have each status, in the order of STATUSES."""
+    """Rows in ready order. counts: per FM how many have each status, in the order of STATUSES.
 
-    rows: pa.Table
+    columns: in the order of the schema, ChunkedArrays of the rows in their order, and Arrays as they were found: row i
+    has its value at order[i], so that they are copied once, into a batch.
+    """
+
+    columns: Sequence[pa.ChunkedArray | pa.Array]
+    order: Int64s
     ready_seq: Int64s
     partition: NDArray[np.int32]
     counts: Counts
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.ready_seq)
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows take."""
+        return sum(int(column.nbytes) for column in self.columns)
+
+    def arrays(self, start: int, stop: int) -> list[pa.Array]:
+        """Give the columns of some rows, each an array whose bytes in a stream depend on its values alone."""
+        order = pa.array(self.order[start:stop])
+        return [
+            _own_copy(column.slice(start, stop - start))
+            if isinstance(column, pa.ChunkedArray)
+            else _own_bits(column.take(order))
+            for column in self.columns
+        ]
 
 
 class PageReader:
@@ -106,16 +131,16 @@ class PageReader:
 
     def _read(self, ranges: Sequence[tuple[int, int]]) -> Page:
         closed = self._closed_rows(ranges)
-        found, numbers = self._features(closed)
+        found, numbers, order = self._features(closed)
         if len(numbers) < closed.num_rows:
             closed = closed.take(pa.array(numbers))
         supervision, counts = self._supervision(closed)
         columns = {name: closed[name] for name in ("example_id", "event_time", *self._of_closed)}
         columns |= {name: found[name] for name in self._of_examples}
         own = [columns[field.name] for field in self.schema if field.name in columns]
-        rows = pa.Table.from_arrays([*own, *supervision], schema=self.schema)
         return Page(
-            rows=rows,
+            columns=[*own, *supervision],
+            order=order,
             ready_seq=closed["ready_seq"].to_numpy(),
             partition=closed["_partition"].to_numpy(),
             counts=counts,
@@ -197,13 +222,13 @@ class PageReader:
 
     # ---- their features
 
-    def _features(self, closed: pa.Table) -> tuple[dict[str, pa.ChunkedArray], Int64s]:
-        """Give columns of `examples` and the numbers of the rows that pass the filter, which the columns are of."""
+    def _features(self, closed: pa.Table) -> tuple[dict[str, pa.Array], Int64s, Int64s]:
+        """Give columns of `examples`, the numbers of the rows that pass the filter, and where each lies in them."""
         conditions = [c for c in self._conditions if filters_examples(self.spec, c[0])]
         if not self._of_examples and not conditions:
-            return {}, np.arange(closed.num_rows)
+            return {}, np.arange(closed.num_rows), np.arange(closed.num_rows)
         if not closed.num_rows:
-            return {name: pa.chunked_array([], self._type_of(name)) for name in self._of_examples}, np.arange(0)
+            return {name: pa.array([], self._type_of(name)) for name in self._of_examples}, np.arange(0), np.arange(0)
         rows = self._matching_examples(closed, conditions)
         numbers = rows["_row"].to_numpy()
         if not conditions and len(numbers) != closed.num_rows:
@@ -213,8 +238,8 @@ class PageReader:
                 code="cursor_expired",
                 http_status=410,
             )
-        order = pa.array(np.argsort(numbers))
-        return {name: self._as_given(name, rows[name].take(order)) for name in self._of_examples}, np.sort(numbers)
+        order = np.argsort(numbers)
+        return {name: self._as_given(name, rows[name]) for name in self._of_examples}, numbers[order], order
 
     def _matching_examples(self, closed: pa.Table, conditions: Sequence[Condition]) -> pa.Table:
         times = closed["event_time"].cast(pa.int64()).to_numpy()
@@ -249,9 +274,7 @@ class PageReader:
 
     def _as_given(self, name: str, column: pa.ChunkedArray) -> pa.Array:
         feature = self.spec.feature(name)
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):  # what has no chunks
-            array = pa.concat_arrays(array.chunks or [pa.array([], column.type)])
+        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, _empty(column)])
         return _vector(array, feature) if feature is not None and feature.type == "vector" else array
 
     # ---- what FMs said of them
@@ -308,6 +331,30 @@ def _no_rows(schema: pa.Schema, names: Iterable[str]) -> pa.Table:
     return pa.table(
         {name: pa.array([], schema.field(name).type if name in schema.names else others[name]) for name in names}
     )
+
+
+def _empty(column: pa.ChunkedArray) -> pa.Array:
+    return pa.array([], column.type)
+
+
+def _own_copy(column: pa.ChunkedArray) -> pa.Array:
+    """Give a column as one array whose bytes in a stream do not depend on what lay around it.
+
+    What follows the last row in a buffer of bits or of texts would be written too.
+    """
+    if column.num_chunks == 1:
+        array = column.chunk(0)
+        is_plain = pa.types.is_primitive(array.type) and not pa.types.is_boolean(array.type)
+        if is_plain and (not array.null_count or len(array) % 8 == 0):
+            return array
+        return pa.concat_arrays([array, array.slice(0, 0)])
+    return pa.concat_arrays([*column.chunks, _empty(column)])
+
+
+def _own_bits(array: pa.Array) -> pa.Array:
+    """Give a fresh array in the same sense: only its bits may have something behind the last row."""
+    has_bits = array.null_count or pa.types.is_boolean(array.type)
+    return pa.concat_arrays([array, array.slice(0, 0)]) if has_bits else array
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

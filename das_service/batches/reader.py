@@ -1,6 +1,7 @@
 """From pages to batches: fixed numbers of rows in ready order, each with the cursor behind it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -40,60 +41,44 @@ def iter_batches(pages: Iterator[Page], schema: pa.Schema, cursor: Cursor) -> It
     There is one at least, be it empty.
     """
     size = cursor.query.batch_rows
-    held: list[Page] = []
+    held: list[_Rest] = []
     num_rows = 0
     for page in pages:
-        if page.rows.num_rows:
-            held.append(page)
-            num_rows += page.rows.num_rows
+        if page.num_rows:
+            held.append(_Rest(page, 0))
+            num_rows += page.num_rows
         while num_rows > size:  # and not at size: what is left may be the end
-            batch, held, at = _cut(held, size)
+            batch, held, at = _cut(held, size, schema)
             num_rows -= size
             cursor = cursor.after(*at)
             yield batch, cursor
-    rows = _cut(held, num_rows)[0] if num_rows else one_batch(schema.empty_table())
+    rows = _cut(held, num_rows, schema)[0] if num_rows else empty_batch(schema)
     yield rows, cursor.at_end()
 
 
-def _cut(held: Sequence[Page], size: int) -> tuple[pa.RecordBatch, list[Page], tuple[int, int]]:
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """The rows of a page from `start` on."""
+
+    page: Page
+    start: int
+
+
+def _cut(held: Sequence[_Rest], size: int, schema: pa.Schema) -> tuple[pa.RecordBatch, list[_Rest], tuple[int, int]]:
     """Give a batch of the first rows, the pages without them, and the place of the batch's last row."""
     parts, rest, left = [], list(held), size
     at = (0, 0)
     while left:
-        page = rest.pop(0)
-        taken = min(left, page.rows.num_rows)
-        parts.append(page.rows.slice(0, taken))
-        at = (int(page.ready_seq[taken - 1]), int(page.partition[taken - 1]))
-        left -= taken
-        if taken < page.rows.num_rows:
-            rest.insert(0, _behind(page, taken))
-    return one_batch(pa.concat_tables(parts)), rest, at
+        page, start = rest[0].page, rest[0].start
+        stop = min(start + left, page.num_rows)
+        parts.append(page.arrays(start, stop))
+        at = (int(page.ready_seq[stop - 1]), int(page.partition[stop - 1]))
+        left -= stop - start
+        rest[:1] = [_Rest(page, stop)] if stop < page.num_rows else []
+    arrays = parts[0] if len(parts) == 1 else [pa.concat_arrays(list(same)) for same in zip(*parts, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema), rest, at
 
 
-def _behind(page: Page, taken: int) -> Page:
-    return Page(
-        rows=page.rows.slice(taken),
-        ready_seq=page.ready_seq[taken:],
-        partition=page.partition[taken:],
-        counts=page.counts,
-    )
-
-
-def one_batch(rows: pa.Table) -> pa.RecordBatch:
-    """Give a table as one batch whose bytes depend on its values alone."""
-    arrays = [_own_copy(column) for column in rows.columns]
-    return pa.RecordBatch.from_arrays(arrays, schema=rows.schema)
-
-
-def _own_copy(column: pa.ChunkedArray) -> pa.Array:
-    """Give a column as one array whose bytes in a stream do not depend on what lay around it.
-
-    What follows the last row in a buffer of bits or of texts would be written too.
-    """
-    if column.num_chunks == 1:
-        array = column.chunk(0)
-        is_plain = pa.types.is_primitive(array.type) and not pa.types.is_boolean(array.type)
-        if is_plain and (not array.null_count or len(array) % 8 == 0):
-            return array
-        return pa.concat_arrays([array, array.slice(0, 0)])
-    return pa.concat_arrays([*column.chunks, pa.array([], column.type)])
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    """Give a batch without rows."""
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)

@@ -5,6 +5,7 @@ Pages are made as they are read; their size is what the readers of this process 
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from das_service.batches.bounds import next_cursor
 from das_service.batches.cursor import Cursor, encode_cursor
 from das_service.batches.pages import Counts, Page, PageReader
-from das_service.batches.reader import MarkedBatch, iter_batches, iter_ranges, one_batch
+from das_service.batches.reader import MarkedBatch, empty_batch, iter_batches, iter_ranges
 from das_service.batches.shards import fitting_block, parse_shard
 from das_service.errors import BadRequestError, OverloadedError
 from das_service.folder import Folder
@@ -30,9 +31,10 @@ REOPEN_SECONDS = 600.0
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 8 * 1024 * 1024, 96 * 1024 * 1024
 _PAGES_EACH = 2  # the one that is read, and the one that comes
 _FIRST_ROW_BYTES = 1024
-_MOST_PAGE_ROWS = 262_144
+_FIRST_PAGE_ROWS, _MOST_PAGE_ROWS = 16_384, 262_144  # the first rows come soon; each page may be twice as long
 _PERMIT_TRIES = 10
 _PAGES_AT_ONCE = 2
+_PAGES_AHEAD = 2
 
 
 class PageBudget:
@@ -112,6 +114,7 @@ class BatchStream:
         self.cursor = cursor
         self._going = going
         self._row_bytes = float(_FIRST_ROW_BYTES)
+        self._most_rows = _FIRST_PAGE_ROWS
         self._pages = self._open(cursor)
         self.schema = self._pages.schema
 
@@ -171,7 +174,7 @@ class BatchStream:
                 return None
             if time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
                 quiet_since = time.monotonic()
-                yield one_batch(self.schema.empty_table()), self.cursor
+                yield empty_batch(self.schema), self.cursor
             else:
                 yield None
 
@@ -180,25 +183,30 @@ class BatchStream:
     def _iter_pages(self) -> Iterator[Page]:
         """Give the pages up to the cursor's bounds; the next one is made while one is being read."""
         ranges = iter_ranges(self.cursor, self._page_rows)
-        coming = self._submit(ranges)
+        coming: deque[Future[Page]] = deque()
         try:
-            while coming is not None:
-                page = coming.result()
-                if page.rows.num_rows:
-                    self._row_bytes = max(1.0, page.rows.nbytes / page.rows.num_rows)
-                coming = self._submit(ranges)
+            while True:
+                self._submit(ranges, coming)
+                if not coming:
+                    return
+                page = coming.popleft().result()
+                if page.num_rows:
+                    self._row_bytes = max(1.0, page.nbytes / page.num_rows)
+                self._submit(ranges, coming)
                 self._reading.count(self.cursor.dataset, page.counts)
                 yield page
         finally:
-            if coming is not None:
-                coming.cancel()
+            for page_to_come in coming:
+                page_to_come.cancel()
 
-    def _submit(self, ranges: Iterator[list[tuple[int, int]]]) -> "Future[Page] | None":
-        part = next(ranges, None)
-        return None if part is None else self._reading.pool.submit(self._read, part)
+    def _submit(self, ranges: Iterator[list[tuple[int, int]]], coming: "deque[Future[Page]]") -> None:
+        while len(coming) < _PAGES_AHEAD and (part := next(ranges, None)) is not None:
+            coming.append(self._reading.pool.submit(self._read, part))
 
     def _page_rows(self) -> int:
-        return max(1, min(_MOST_PAGE_ROWS, int(self._reading.budget.page_bytes / self._row_bytes)))
+        most = self._most_rows
+        self._most_rows = min(2 * most, _MOST_PAGE_ROWS)
+        return max(1, min(most, int(self._reading.budget.page_bytes / self._row_bytes)))
 
     def _read(self, ranges: list[tuple[int, int]]) -> Page:
         if time.monotonic() - self._opened_at > REOPEN_SECONDS:  # files that compaction replaced go away some day

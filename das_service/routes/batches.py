@@ -1,5 +1,6 @@
 """Reading training batches."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -85,15 +86,21 @@ _END = b""
 
 
 async def _in_threads(service: Service, first: bytes | None, parts: Iterator[bytes | None]) -> AsyncIterator[bytes]:
+    """Give the parts; the next one is made while one is being sent."""
     part = first
     while part != _END:
-        if part is not None:
-            yield part
-        elif service.stopping.is_set():
-            return  # without the end of the stream: the reader goes on with whoever serves next
-        else:
-            await anyio.sleep(_POLL_SECONDS)
-        part = await service.in_page_thread(next, parts, _END)
+        coming = asyncio.ensure_future(service.in_page_thread(next, parts, _END))
+        try:
+            if part is not None:
+                yield part
+            elif service.stopping.is_set():
+                return  # without the end of the stream: the reader goes on with whoever serves next
+            else:
+                await anyio.sleep(_POLL_SECONDS)
+        finally:
+            with anyio.CancelScope(shield=True):  # nobody may close the parts while a thread makes one
+                await asyncio.wait([coming])
+        part = coming.result()
 
 
 def _open(service: Service, dataset: str, asked: BatchParameters) -> BatchStream:

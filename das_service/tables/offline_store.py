@@ -32,6 +32,7 @@ from schemas.tables import EVENT_DAY, EXAMPLE_HASH, IS_BACKFILL, IS_SHADOW
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 CHECKPOINT_COMMITS = 25  # reading 100 commits again at each one takes twice as long as a checkpoint does
 PARQUET = {"compression": "zstd", "compression_level": 1}
+ROW_GROUP_ROWS = 65_536  # what is read of a file at least: a page of training batches wants some 100,000 rows
 _MOST_RUNS = 200
 OUTCOME, BACKFILLED, SHADOWED = "part", "backfill", "shadow"
 SERVED = (OUTCOME, BACKFILLED)
@@ -314,13 +315,13 @@ def _write_file(place: TablePlace, name: str, day: dt.date, rows: pa.Table) -> A
     if place.path is not None:
         path = place.path / name
         make_directory(path.parent)
-        pq.write_table(rows, path, **options)
+        pq.write_table(rows, path, row_group_size=ROW_GROUP_ROWS, **options)
         fsync_path(path)
         fsync_path(path.parent)
         size = path.stat().st_size
     else:
         buffer = pa.BufferOutputStream()
-        pq.write_table(rows, buffer, **options)
+        pq.write_table(rows, buffer, row_group_size=ROW_GROUP_ROWS, **options)
         data = buffer.getvalue()
         size = data.size
         with place.filesystem.open_output_stream(f"{place.root}/{name}") as stream:
