@@ -1,8 +1,9 @@
-"""Training batches: closed rows with 39 features, labels and supervision, over HTTP from a real API to Arrow.
+"""Training batches: closed rows with 39 features, labels and supervision, in ready order.
 
-The floor is the same join (closed, examples and supervision on example_id) as one DuckDB statement to Arrow, the same
-columns, in no order, in a process of its own that does nothing else, in turn. `python -m loadtest.batches` prints the
-line; `--num-rows` shows that memory does not grow with the rows.
+Measured is what the server does up to Arrow, in a process that does nothing else, and beside it the whole way over HTTP
+to a client's Arrow. The floor is the same join (closed, examples and supervision on example_id) as one DuckDB statement
+to Arrow, the same columns, in no order, in a process of its own, in turn. `python -m loadtest.batches` prints the line;
+`--num-rows` shows that memory does not grow with the rows.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,15 @@ from typing import Any
 import duckdb
 import redis
 
+from das_service.batches.bounds import start_cursor
+from das_service.batches.query import BatchQuery, all_columns
+from das_service.batches.stream import BatchStream, PageBudget, Reading, page_pool
 from das_service.client import Client
 from das_service.folder import Folder
+from das_service.freed_memory import keep_freed_memory
+from das_service.registry import read_catalog
+from das_service.settings import load_settings
+from das_service.tables.duck import Duck
 from das_service.tables.offline_store import TableReader, table_place
 from das_service.up.supervisor import RunningService, running_service
 from loadtest.closed_table import write_closed
@@ -40,57 +50,72 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> dict[str, Any]:
         with redis.Redis.from_url(service.redis_url, protocol=2) as server:
             declare(server, tables)
         write_closed(tables, num_rows=num_rows)
-        with Floor(tables) as floor:
-            measured = [_round(service, floor, num_rows) for _ in range(rounds + 1)][1:]
-        return to_line(measured, rows=num_rows, peak_mb=peak_mb(service))
+        files = {name: _files(tables, name) for name in (CLOSED, EXAMPLES, supervision_table(FM))}
+        with Timed(_join, files) as floor, Timed(_stream, service.redis_url, tables.uri_of("")) as stream:
+            found = [_round(service, stream, floor, num_rows) for _ in range(rounds + 1)][1:]
+            line = to_line([direct for direct, _ in found], rows=num_rows, peak_mb=stream.peak_mb)
+        over_http = to_line([http for _, http in found], rows=num_rows, peak_mb=peak_mb(service))
+        return {**line, "over_http": over_http}
 
 
-def _round(service: RunningService, floor: "Floor", num_rows: int) -> Round:
+def _round(service: RunningService, stream: "Timed", floor: "Timed", num_rows: int) -> tuple[Round, Round]:
+    floor_seconds = floor.seconds(num_rows)
+    direct = stream.seconds(num_rows)
     start = time.perf_counter()
     with Client(service.url) as client:
         found = sum(batch.rows.num_rows for batch in client.batches(DATASET, fms=FM, embedding_format="encoded"))
-    seconds = time.perf_counter() - start
-    floor_seconds, floor_rows = floor.join()
-    if not found == floor_rows == num_rows:
-        raise RuntimeError(f"{found} rows were read and {floor_rows} joined, there are {num_rows}")
-    say(f"      {num_rows / seconds:,.0f} rows/s, floor {num_rows / floor_seconds:,.0f}")
-    return Round(num_rows, seconds, floor_seconds)
+    over_http = time.perf_counter() - start
+    if found != num_rows:
+        raise RuntimeError(f"{found} rows were read over HTTP, there are {num_rows}")
+    rates = [f"{num_rows / seconds:,.0f}" for seconds in (direct, over_http, floor_seconds)]
+    say(f"      {rates[0]} rows/s, over HTTP {rates[1]}, floor {rates[2]}")
+    return Round(num_rows, direct, floor_seconds), Round(num_rows, over_http, floor_seconds)
 
 
 def peak_mb(service: RunningService) -> int:
     """Give the peak of the API's resident memory (Linux)."""
-    status = Path(f"/proc/{service.pid_of('api')}/status").read_text()
+    return _peak_mb(service.pid_of("api"))
+
+
+def _peak_mb(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
     return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)
 
 
-class Floor:
-    """A process that makes the one statement's join."""
+class Timed:
+    """A process that does one thing again and again: a function that is given how to answer, and its arguments."""
 
-    def __init__(self, tables: Folder) -> None:
-        files = {name: _files(tables, name) for name in (CLOSED, EXAMPLES, supervision_table(FM))}
+    def __init__(self, target: Callable[..., None], *args: object) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, files), daemon=True)
+        self._process = context.Process(target=target, args=(theirs, *args), daemon=True)
         self._process.start()
 
-    def __enter__(self) -> "Floor":
+    def __enter__(self) -> "Timed":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
 
-    def join(self) -> tuple[float, int]:
-        """Give the seconds it took, and the rows.
+    def seconds(self, num_rows: int) -> float:
+        """Let it do it once; give the seconds it took.
 
         Raises:
-            RuntimeError: It took too long.
+            RuntimeError: It took too long, or found another number of rows.
         """
         self._pipe.send(None)
         if not self._pipe.poll(_SECONDS):
-            raise RuntimeError("the floor's join took too long")
+            raise RuntimeError(f"it took more than {_SECONDS:g} s")
         seconds, rows = self._pipe.recv()
-        return seconds, rows
+        if rows != num_rows:
+            raise RuntimeError(f"{rows} rows came, there are {num_rows}")
+        return float(seconds)
+
+    @property
+    def peak_mb(self) -> int:
+        """The peak of its resident memory (Linux)."""
+        return _peak_mb(self._process.pid or 0)
 
 
 def _files(tables: Folder, table: str) -> list[str]:
@@ -99,7 +124,36 @@ def _files(tables: Folder, table: str) -> list[str]:
     return reader.files_of_days()
 
 
-def _serve(pipe: Connection, files: dict[str, list[str]]) -> None:
+def _stream(pipe: Connection, redis_url: str, tables_uri: str) -> None:
+    """Read the batches as the API does, up to Arrow."""
+    keep_freed_memory()
+    settings = load_settings({}, redis_url=redis_url, tables_uri=tables_uri)
+    folder = Folder(settings.tables_uri)
+    with (
+        closing(Duck(memory_bytes=settings.duckdb_memory_bytes)) as duck,
+        page_pool() as pool,
+        redis.Redis.from_url(redis_url, protocol=2) as server,
+    ):
+        catalog = read_catalog(server)
+        query = BatchQuery(fms=(FM,), embedding_format="encoded", columns=all_columns(catalog.spec(DATASET)))
+        reading = Reading(
+            duck=duck,
+            pool=pool,
+            folder=folder,
+            catalog=lambda: catalog,
+            budget=PageBudget(total_bytes=settings.batches_memory_bytes),
+            count=lambda *_: None,
+        )
+        while True:
+            pipe.recv()
+            start = time.perf_counter()
+            stream = BatchStream(reading, start_cursor(folder, catalog, DATASET, query))
+            rows = sum(item[0].num_rows for item in stream.iter_marked() if item is not None)
+            pipe.send((time.perf_counter() - start, rows))
+
+
+def _join(pipe: Connection, files: dict[str, list[str]]) -> None:
+    """Join in one statement: the floor."""
     features = ", ".join(f'e."{feature.name}"' for feature in SPEC.features)
     labels = ", ".join(f'c."{task.name}"' for task in SPEC.tasks)
     query = (

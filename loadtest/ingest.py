@@ -24,7 +24,7 @@ from loadtest.lines import Round, to_line
 from loadtest.workload import CHUNK_ROWS, DATASET, DECLARATION, SPEC, bodies, entries
 from schemas.wire import ARROW_STREAM
 
-CLIENTS = 2
+CLIENTS = 4
 _T = TypeVar("_T")
 
 

@@ -111,6 +111,9 @@ class Reader:
 
 
 def _serve(pipe: Connection, read: Callable[[Any], int], source: Source | Path) -> None:
+    import torch  # noqa: PLC0415 - which only the reading processes need
+
+    torch.set_num_threads(1)  # OpenMP's would wait by spinning for the next embedding, in the way of all others
     while True:
         pipe.recv()
         start = time.perf_counter()

@@ -395,7 +395,7 @@ def test_a_run_that_fails_leaves_what_stood_there(das: Das, clicks: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that takes seconds."""
+    """A file that takes many seconds, so that a busy machine does not get to its end before it is told to stop."""
     path = tmp_path_factory.mktemp("many") / "many.parquet"
     size = 3_000_000
     table = pa.table(
@@ -404,7 +404,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "event_time": pa.array(np.full(size, NOON_US)).cast(pa.timestamp("us", "UTC")),
         }
     )
-    pq.write_table(table, path)
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for _ in range(5):
+            writer.write_table(table)
     return path
 
 
