@@ -9,11 +9,8 @@ looked up, and two students read their closed rows as training batches and train
 
 import argparse
 import contextlib
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from das_service.client import Client
-from das_service.settings import load_settings
-from das_service.snapshot_publish import publish_snapshot
 from das_service.up.supervisor import SupervisorError, running_service
 from experiments import complete_journey as journey
 from experiments import students
@@ -42,34 +36,15 @@ from experiments.demo_report import (
     weekly_entropy,
 )
 from experiments.plots import plot_students, plot_teacher
+from experiments.progress import Bars, Clock, empty_folder
+from experiments.serving import publish, wait_until_committed
 from experiments.streaming import Streamer, read_closed
-from experiments.teacher import AGAIN_RATE, TeacherTrainer, TrainedTeacher, build_signature, iter_batches, iter_table
-from fm_inference import export_snapshot
+from experiments.teacher import AGAIN_RATE, TeacherTrainer, TrainedTeacher, iter_batches, iter_table
 from vm_training.metrics import auc, normalized_entropy
 
 DATASET, FM = "complete_journey", "teacher"
 LOOKUP_IDS = 20_000
 ROTATE_WEEKS = 4
-_WAIT_SECONDS = 300.0
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds of each stage, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started_at: float = field(default_factory=time.monotonic)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, or another part of it."""
-        start = time.monotonic()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
-
-    def total(self) -> dict[str, float]:
-        """Give all stages and the total."""
-        return {**self.seconds, "total": round(time.monotonic() - self.started_at, 1)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,28 +58,10 @@ class Looked:
     gap_seconds: np.ndarray
 
 
-class Bars:
-    """Progress bars on stderr, so that stdout ends with the record."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-
-    @contextlib.contextmanager
-    def bar(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show one bar; give the function that moves it."""
-        with self._progress:
-            task = self._progress.add_task(text, total=total)
-            yield lambda done: self._progress.advance(task, done)
-        self._progress.remove_task(task)
-
-
 def run(*, folder: Path, num_weeks: int, rotate_weeks: int, console: Console) -> dict[str, Any]:
     """Run the demo in folder, which is emptied first; give the record of contract 10."""
     clock, bars = Clock(), Bars(console)
-    _empty(folder)
+    empty_folder(folder, mark=".das-demo")
     stream_weeks = list(journey.STREAM_WEEKS)[:num_weeks]
     with clock.stage("build"):
         files = _build(folder, stream_weeks, bars)
@@ -123,7 +80,7 @@ def run(*, folder: Path, num_weeks: int, rotate_weeks: int, console: Console) ->
             client = stack.enter_context(Client(service.url, timeout_seconds=60))
             client.put_dataset(DATASET, journey.DATASET_SPEC)
             client.put_fm(DATASET, FM, required=True)
-            _publish(client, folder, teacher, f"weeks-1-{journey.TEACHER_WEEKS[-1]}")
+            publish(client, folder, DATASET, teacher, fm=FM, snapshot_id=f"weeks-1-{journey.TEACHER_WEEKS[-1]}")
         snapshots = _stream(client, stream, trainer, folder, (clock, bars), rotate_weeks=rotate_weeks)
         posted = sum(file.num_rows for file in stream)
         with clock.stage("lookup"):
@@ -161,20 +118,6 @@ def run(*, folder: Path, num_weeks: int, rotate_weeks: int, console: Console) ->
     }
 
 
-def _empty(folder: Path) -> None:
-    """Make an empty folder of it, if it is a demo's.
-
-    Raises:
-        SupervisorError: There is something in it that no demo has made.
-    """
-    mark = folder / ".das-demo"
-    if folder.exists() and any(folder.iterdir()) and not mark.exists():
-        raise SupervisorError(f"{folder} is not empty and not of an earlier demo; name another with --folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.touch()
-
-
 def _build(folder: Path, stream_weeks: list[int], bars: Bars) -> tuple[journey.WeekFile, ...]:
     weeks = [*journey.TEACHER_WEEKS, *stream_weeks]
     with bars.bar("Building impressions, week by week", len(weeks)) as advance:
@@ -186,16 +129,6 @@ def _train(trainer: TeacherTrainer, files: list[journey.WeekFile], bars: Bars) -
     num_rows = sum(file.num_rows for file in files)
     with bars.bar("Training the teacher on weeks 1-26, once", num_rows) as advance:
         return trainer.train(iter_batches(paths), num_rows=num_rows, on_progress=advance)
-
-
-def _publish(client: Client, folder: Path, teacher: TrainedTeacher, snapshot_id: str) -> None:
-    """Export a snapshot, and let it score from now on."""
-    export = folder / "export" / snapshot_id
-    export.parent.mkdir(exist_ok=True)
-    signature = build_signature(fm=FM, snapshot_id=snapshot_id)
-    export_snapshot(teacher.module, signature, export, trained_through=teacher.trained_through)
-    settings = load_settings({}, snapshots_uri=str(folder / "service" / "snapshots"))
-    publish_snapshot(client, settings, DATASET, export, activate=True)
 
 
 def _stream(
@@ -220,7 +153,7 @@ def _stream(
                 if is_last:
                     streamer.post_other_labels()
             with clock.stage("settle"):
-                _wait_until_committed(client, streamer.posted, streamer.num_settled(), bars)
+                wait_until_committed(client, DATASET, streamer, {FM: streamer.posted}, bars)
             if not is_last:
                 with clock.stage("rotate"):
                     cursor = _rotate(client, trainer, folder, f"weeks-1-{part[-1].week}", cursor, bars)
@@ -236,7 +169,7 @@ def _rotate(
         teacher = trainer.train(
             iter_table(closed), num_rows=closed.num_rows, layer_rate=AGAIN_RATE, on_progress=advance
         )
-    _publish(client, folder, teacher, snapshot_id)
+    publish(client, folder, DATASET, teacher, fm=FM, snapshot_id=snapshot_id)
     return cursor
 
 
@@ -246,23 +179,6 @@ def _num_rows(files: list[journey.WeekFile]) -> int:
 
 def _weeks_text(what: str, files: list[journey.WeekFile]) -> str:
     return f"{what} weeks {files[0].week}-{files[-1].week} to the service"
-
-
-def _wait_until_committed(client: Client, posted: int, settled: int, bars: Bars) -> None:
-    """Wait until every posted row is scored and in the tables, and so many are closed."""
-    deadline, done = time.monotonic() + _WAIT_SECONDS, 0
-    with bars.bar("Waiting for the rows to reach the tables", posted + settled) as advance:
-        while done < posted + settled:
-            record = client.status()["datasets"][DATASET]
-            now = min(record["distinct"], record["fms"][FM]["scored"]) + min(record["closed"], settled)
-            advance(now - done)
-            done = now
-            if time.monotonic() > deadline:
-                raise SupervisorError(
-                    f"of {posted:,} rows only {record['distinct']:,} reached the tables in time, "
-                    f"{record['fms'][FM]['scored']:,} were scored, and of {settled:,} {record['closed']:,} closed"
-                )
-            time.sleep(0.2)
 
 
 def _look_up(client: Client, files: list[journey.WeekFile], bars: Bars) -> Looked:

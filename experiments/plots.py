@@ -17,7 +17,7 @@ _NE_COLOR: Final = "#1f5fa8"
 _AUC_COLOR: Final = "#b3541e"
 _GREY: Final = "#6b6b6b"
 _RUN_COLORS: Final = {"without": _GREY, "with": _NE_COLOR, "shuffled": _AUC_COLOR}
-_STYLE: Final = {
+STYLE: Final = {
     "font.size": 10, "axes.edgecolor": _GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e4e4e4", "axes.axisbelow": True,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def plot_teacher(
     """
     if len(weeks) == 0 or any(len(values) != len(weeks) for values in (normalized_entropy, auc, base_rate)):
         raise ValueError("one value per week is needed of each metric, and at least one week")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 6.0), dpi=150, layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         span = f"week {weeks[0]}" if len(weeks) == 1 else f"weeks {weeks.min()}-{weeks.max()}"
@@ -91,7 +91,7 @@ def plot_students(path: Path, students: Mapping[str, Mapping[int, Mapping[str, f
     """
     if not students or not all(students.values()):
         raise ValueError("at least one student and one week of each are needed")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 6.4), dpi=150, layout="constrained")
         axes = figure.subplots(2, len(students), sharex="col", sharey="row", squeeze=False, height_ratios=(2, 1))
         figure.suptitle(

@@ -45,13 +45,13 @@ from vm_training.tensors import Batch
 STUDENTS: Final = {"display": "products on display", "mailer": "products in the mailer"}  # by the feature; "0" is none
 RUNS: Final = ("without", "with", "shuffled")
 
-_IDS = (
+IDS = (
     "user_id", "product_id", "manufacturer_id", "product_category", "product_type", "store_id", "display", "mailer",
 )  # fmt: skip
 _CROSSES = (("user_id", "product_type"), ("user_id", "product_category"), ("user_id", "product_id"))
-_NUM_INDICES = len(_IDS) + len(_CROSSES)
+_NUM_INDICES = len(IDS) + len(_CROSSES)
 _BITS = 20
-_INPUT = Input(tensor="ids", features=_IDS, encode=HashEncode(kind="hash", buckets=1 << _BITS))
+_INPUT = Input(tensor="ids", features=IDS, encode=HashEncode(kind="hash", buckets=1 << _BITS))
 _WIDTH = 8
 _HIDDEN = 32
 _BATCH_ROWS = 2_048
@@ -178,7 +178,7 @@ class Trainer:
 
 def read_table(paths: Sequence[Path], *, student: str) -> pa.Table:
     """Give a student's own table from the week files: keys, the features that it uses, label and week."""
-    columns = ["example_id", "event_time", *_IDS, LABEL_COLUMN, "week"]
+    columns = ["example_id", "event_time", *IDS, LABEL_COLUMN, "week"]
     return pq.read_table(list(paths), columns=columns, filters=pc.field(student) != "0")
 
 
@@ -227,7 +227,7 @@ def student_batches(url: str, dataset: str, student: str, *, fm: str) -> Augment
         dataset,
         fms=[fm],
         outputs=[LABEL_COLUMN],
-        columns=[*_IDS, LABEL_COLUMN],
+        columns=[*IDS, LABEL_COLUMN],
         filter=[[student, "!=", "0"]],
         batch_rows=_BATCH_ROWS,
         buckets=1 << _BITS,
@@ -290,9 +290,9 @@ def build_rows(table: pa.Table) -> Rows:
 def build_indices(id_BF: npt.NDArray[np.int64]) -> Tensor:
     """Give int32 (B, F): each id's hash, as it is, then each cross's, the hash of its two ids' hashes."""
     index_BF = np.empty((len(id_BF), _NUM_INDICES), np.int32)
-    index_BF[:, : len(_IDS)] = id_BF
-    for place, names in enumerate(_CROSSES, start=len(_IDS)):
-        left_B, right_B = (id_BF[:, _IDS.index(name)] for name in names)
+    index_BF[:, : len(IDS)] = id_BF
+    for place, names in enumerate(_CROSSES, start=len(IDS)):
+        left_B, right_B = (id_BF[:, IDS.index(name)] for name in names)
         hash_B = xxh64_int64((left_B << _BITS) | right_B, feature_seed("*".join(names)))
         index_BF[:, place] = hash_B & np.uint64((1 << _BITS) - 1)
     return torch.from_numpy(index_BF)

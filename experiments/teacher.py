@@ -47,8 +47,6 @@ _TABLE_ROWS = {
     "product_category": 4_096, "store_id": 4_096,
 }  # fmt: skip
 _TABLE_ROWS_OTHERS = 1_024
-_WIDTH = 16
-_HIDDEN = (192, 128)
 _BATCH_ROWS = 4_096
 _TABLE_RATE = 0.03
 _FIRST_LOGIT = -2.3  # one positive in eleven rows: else every category's bias learns the base rate
@@ -68,22 +66,31 @@ OUTPUTS: Final = Outputs(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSize:
+    """The width of each category's embedding, and of the two hidden layers."""
+
+    width: int = 16
+    hidden: tuple[int, int] = (192, 128)
+
+
 class Teacher(nn.Module):
     """Tables folded from one index space, log-scaled counts, two hidden layers; each category value has a bias too."""
 
     fold: Tensor
     first_row: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, size: TeacherSize | None = None) -> None:
         super().__init__()
+        size = size or TeacherSize()
         rows_F = torch.tensor([_TABLE_ROWS.get(name, _TABLE_ROWS_OTHERS) for name in _CATEGORIES])
         self.register_buffer("fold", rows_F - 1)
         self.register_buffer("first_row", rows_F.cumsum(0) - rows_F)
-        self.table = nn.Embedding(int(rows_F.sum()), 1 + _WIDTH, sparse=True)
-        self.first = nn.Linear(len(_CATEGORIES) * _WIDTH + 2 * len(_FLOATS), _HIDDEN[0])
-        self.norm = nn.LayerNorm(_HIDDEN[0])
-        self.second = nn.Linear(*_HIDDEN)
-        self.embed = nn.Linear(_HIDDEN[1], EMBEDDING_SIZE)
+        self.table = nn.Embedding(int(rows_F.sum()), 1 + size.width, sparse=True)
+        self.first = nn.Linear(len(_CATEGORIES) * size.width + 2 * len(_FLOATS), size.hidden[0])
+        self.norm = nn.LayerNorm(size.hidden[0])
+        self.second = nn.Linear(*size.hidden)
+        self.embed = nn.Linear(size.hidden[1], EMBEDDING_SIZE)
         self.logit = nn.Linear(EMBEDDING_SIZE, 1)
         nn.init.normal_(self.table.weight, std=0.01)
         nn.init.zeros_(self.table.weight[:, 0].detach())
@@ -130,11 +137,11 @@ class TeacherTrainer:
     two idle cores, and several times as long on busy ones: OpenMP waits by spinning.
     """
 
-    def __init__(self, *, seed: int = 0, num_threads: int = 1) -> None:
+    def __init__(self, *, seed: int = 0, num_threads: int = 1, size: TeacherSize | None = None) -> None:
         self._seed = seed
         self._num_threads = num_threads
         with torch_settings(seed=seed, num_threads=num_threads):
-            self._module = Teacher()
+            self._module = Teacher(size)
         self._optimizers = build_optimizers(self._module)
         self._last_event_time = 0
 

@@ -1,0 +1,173 @@
+"""`python -m experiments.exfm`: what external distillation is worth to a student, through the running service.
+
+Teachers of three sizes and four lags score the stream of Complete Journey; two students, five seeds each, learn from
+what they said by every method of ExFM (arXiv 2502.17494), and from labels alone. Writes experiments/results/exfm.json,
+exfm.md and the plots; the last line is JSON. Nothing that is reported chose anything: methods are tuned on weeks 15-26,
+eight settings each, and reported on weeks 27-53.
+
+What is done is kept in --folder: run again after an interruption, and it goes on. `--quick` runs a small part of it.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from das_service.client import Client
+from das_service.up.supervisor import SupervisorError, running_service
+from experiments import complete_journey as journey
+from experiments.exfm_cells import Job, make_starts, processes, run_jobs, tune
+from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan
+from experiments.exfm_report import build_record, write_report
+from experiments.exfm_serving import DATASET, count_forwards, read_rows, stream, train_first
+from experiments.exfm_students import Trainer, build_first_rows, save_rows
+from experiments.progress import Bars, Clock, empty_folder
+from vm_training.metrics import auc, normalized_entropy
+
+SLICES: Final[dict[str, list[list[object]]]] = {
+    "display": [["display", "!=", "0"]],
+    "mailer": [["mailer", "!=", "0"]],
+    "department GROCERY": [["department", "=", "GROCERY"]],
+    "department DRUG GM": [["department", "=", "DRUG GM"]],
+}
+_MARK: Final = ".das-exfm"
+
+
+def run(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
+    """Run what is not done yet; give the record of contract 10."""
+    clock, bars = Clock(), Bars(console)
+    served_path = folder / "served.json"
+    if not served_path.exists():
+        empty_folder(folder, mark=_MARK)
+        served = _serve(plan, folder, clock, bars)
+        served_path.write_text(json.dumps({**served, "seconds": clock.seconds}))
+    served = json.loads(served_path.read_text())
+    clock.seconds = served.pop("seconds")
+    with processes() as pool:
+        with clock.stage("starts"):
+            count = len(plan.students) * len(plan.seeds)
+            with bars.bar("Students on the labels before", count) as advance:
+                make_starts(pool, folder, plan, advance)
+        with (
+            clock.stage("tune"),
+            bars.bar("Tuning each method", len(plan.students) * len(METHODS) * plan.trials) as advance,
+        ):
+            tuned = tune(pool, folder, plan, advance)
+        jobs = [
+            Job(cell=cell, knobs=tuned[cell.student, cell.method], phase="report") for cell in plan.cells()
+        ]  # fmt: skip
+        with clock.stage("cells"), bars.bar("Training every student, once per method", len(jobs)) as advance:
+            found = run_jobs(pool, folder, jobs, advance)
+    seconds = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
+    return build_record(plan, found, tuned, served, seconds=seconds, machine=_machine())
+
+
+def _serve(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> dict[str, Any]:
+    """Stream everything past all teachers, and keep the rows of the students; give what there is to report of that."""
+    weeks = [*plan.first, *plan.tune, *plan.report]
+    with clock.stage("build"), bars.bar("Building impressions, week by week", len(weeks)) as advance:
+        files = journey.build_impressions(folder / "weeks", weeks=weeks, on_progress=lambda _: advance(1))
+    with clock.stage("teachers"):
+        teachers = train_first(plan, files, bars)
+    with contextlib.ExitStack() as stack:
+        with clock.stage("stream"):
+            service = stack.enter_context(running_service(folder=folder / "service"))
+            client = stack.enter_context(Client(service.url, timeout_seconds=60))
+            client.put_dataset(DATASET, journey.DATASET_SPEC)
+            posted = stream(client, plan, files, teachers, folder, bars)
+        with clock.stage("read"):
+            read = _keep_rows(plan, files, folder, service.url)
+        with clock.stage("slices"):
+            slices = {name: _cost_of_supervision(service.url, SLICES[name]) for name in plan.slices}
+        forwards = count_forwards(_worker_metrics(client), [*plan.sizes, *plan.lag_fms(), PEEK, PEEK_UNGUARDED])
+    return {"posted": posted, "forwards": forwards, **read, "slices": slices}
+
+
+def _keep_rows(plan: Plan, files: tuple[journey.WeekFile, ...], folder: Path, url: str) -> dict[str, Any]:
+    """Keep the rows that the students begin with, are tuned on and are reported on; give the teachers' own metrics."""
+    fms = [*plan.sizes, *plan.lag_fms(), PEEK, PEEK_UNGUARDED]
+    rows, time_N = read_rows(url, fms, filters=SLICES["display"])
+    counted, first_of_report = _first_time(files, plan.first_counted_of_tune()), _first_time(files, plan.report[0])
+    for name, mask_N in {
+        "warm_tune": time_N < counted,
+        "tune": (time_N >= counted) & (time_N < first_of_report),
+        "warm_report": time_N < first_of_report,
+        "report": time_N >= first_of_report,
+    }.items():
+        save_rows(folder / "rows" / name, rows.part(mask_N))
+    paths = [file.path for file in files if file.week in plan.first]
+    save_rows(folder / "rows" / "before", build_first_rows(paths, student="display"))
+    reported = rows.part(time_N >= first_of_report)
+    teachers = {}
+    for fm in fms:
+        present = reported.present[fm]
+        teachers[fm] = {"coverage": float(present.mean())}
+        if present.any():
+            logits, labels = reported.logits[fm][present], reported.labels[present]
+            teachers[fm] |= {"ne": normalized_entropy(logits, labels), "auc": auc(logits, labels)}
+    return {"rows": {"tune": int(len(rows) - len(reported)), "report": len(reported)}, "teachers": teachers}
+
+
+def _first_time(files: tuple[journey.WeekFile, ...], week: int) -> int:
+    path = next(file.path for file in files if file.week == week)
+    return int(pq.read_table(path, columns=["event_time"])["event_time"].cast(pa.int64())[0].as_py())
+
+
+def _cost_of_supervision(url: str, filters: list[list[object]]) -> dict[str, float]:
+    """Read and train a student of a slice once with and once without supervision; give rows and seconds."""
+    seconds, rows = {}, 0
+    for method, fms in (("none", []), ("ah", [MIDDLE])):
+        start = time.perf_counter()
+        found, _ = read_rows(url, fms, filters=filters)
+        trainer = Trainer(Cell(method=method, student="small", seed=0, fm="".join(fms)), Knobs())
+        trainer.add_method()
+        trainer.train(found)
+        seconds[method], rows = time.perf_counter() - start, len(found)
+    return {"rows": rows, "seconds_without": round(seconds["none"], 2), "seconds_with": round(seconds["ah"], 2)}
+
+
+def _worker_metrics(client: Client) -> str:
+    probes = [role["probe_url"] for role in client.status()["roles"] if role["role"] == "worker"]
+    return "\n".join(httpx.get(f"{probe}/metrics", timeout=10).text for probe in probes)
+
+
+def _machine() -> str:
+    return f"{torch.get_num_threads()} cores, {platform.machine()}, torch {torch.__version__}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; give the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.exfm", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few weeks, one teacher, one student, two seeds")
+    parser.add_argument("--folder", type=Path, default=Path("exfm-data"), help="where everything is kept on the way")
+    parser.add_argument("--results", type=Path, help="default: experiments/results, with --quick the folder itself")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    folder = options.folder.absolute()
+    results = options.results or (folder if options.quick else Path(__file__).parent / "results")
+    try:
+        record = run(QUICK if options.quick else FULL, folder, console)
+    except KeyboardInterrupt:
+        console.print("Stopped; run it again, and it goes on with the cells that are not trained yet.")
+        return 130
+    except SupervisorError as error:
+        console.print(f"[red]{error}[/red]")
+        return 1
+    write_report(results, record)
+    console.print(f"Written: {results}/exfm.json, exfm.md and the plots.")
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
