@@ -5,6 +5,7 @@
 #   make test     all tests, on the Valkey wheel and, where apt exists, on Debian's Redis and Prometheus too
 #   make demo     the whole service on public data; ARGS="..." goes to `das demo`
 #   make bench    every stage against its floor; ARGS="--write NAME" keeps the result and renders the README's table
+#   make exfm     what supervision is worth to a student, by method and teacher; within 90 minutes; ARGS=--quick in two
 #   make fix      formats and repairs what ruff can repair
 #
 # PYTHON=python3.12 picks another interpreter. TORCH_INDEX=<the torch project's CPU index> picks another build of torch
@@ -19,7 +20,7 @@ STAMP := $(VENV)/setup-$(shell cat pyproject.toml constraints.txt | cksum | cut 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench fix
+.PHONY: help setup check test demo bench exfm fix
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,6 +51,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m loadtest.bench $(ARGS)
+
+exfm: $(STAMP)
+	@$(BIN)/python -m experiments.exfm $(ARGS)
 
 fix: $(STAMP)
 	$(BIN)/ruff format

@@ -76,7 +76,7 @@ class Page:
 
 
 class PageReader:
-    """Reads pages of what a cursor is about. One thread at a time."""
+    """Reads pages of what a cursor is about. Threads share it."""
 
     def __init__(self, duck: Duck, folder: Folder, catalog: Catalog, cursor: Cursor) -> None:
         """Look at the tables as they are now: they hold all that the cursor is about.

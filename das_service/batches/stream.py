@@ -29,12 +29,12 @@ Going: TypeAlias = Literal["no", "extend", "follow"]
 KEEP_ALIVE_SECONDS = 10.0
 REOPEN_SECONDS = 600.0
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 8 * 1024 * 1024, 96 * 1024 * 1024
-_PAGES_EACH = 2  # the one that is read, and the one that comes
+_PAGES_AHEAD = 2
+_PAGES_EACH = 1 + _PAGES_AHEAD  # the one that is read, and those that come
 _FIRST_ROW_BYTES = 1024
 _FIRST_PAGE_ROWS, _MOST_PAGE_ROWS = 16_384, 262_144  # the first rows come soon; each page may be twice as long
 _PERMIT_TRIES = 10
 _PAGES_AT_ONCE = 2
-_PAGES_AHEAD = 2
 
 
 class PageBudget:

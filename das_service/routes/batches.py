@@ -100,6 +100,9 @@ async def _in_threads(service: Service, first: bytes | None, parts: Iterator[byt
         finally:
             with anyio.CancelScope(shield=True):  # nobody may close the parts while a thread makes one
                 await asyncio.wait([coming])
+                failed = coming.exception()
+        if failed is not None:
+            raise failed
         part = coming.result()
 
 
