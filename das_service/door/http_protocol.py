@@ -14,7 +14,7 @@ from das_service.door.problems import problem
 MAX_HEAD_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 READ_AHEAD_BYTES = 1024 * 1024
-WAKE_BYTES, WAKE_SECONDS = READ_AHEAD_BYTES, 1.0
+WAKE_BYTES, WAKE_SECONDS = READ_AHEAD_BYTES // 2, 1.0
 
 
 class BoundedHttp(HttpToolsProtocol):
