@@ -5,7 +5,7 @@
 #   make test     all tests, on the Valkey wheel and, where apt exists, on Debian's Redis and Prometheus too
 #   make demo     the whole service on public data; ARGS="..." goes to `das demo`
 #   make bench    every stage against its floor; ARGS="--write NAME" keeps the result and renders the README's table
-#   make exfm     what supervision is worth to a student, by method and teacher; within 90 minutes; ARGS=--quick in two
+#   make exfm     what supervision is worth to a student, by method and teacher; within 90 minutes; ARGS=--quick in three
 #   make fix      formats and repairs what ruff can repair
 #
 # PYTHON=python3.12 picks another interpreter. TORCH_INDEX=<the torch project's CPU index> picks another build of torch

@@ -352,8 +352,8 @@ def _own_copy(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _own_bits(array: pa.Array) -> pa.Array:
-    """Give a fresh array in the same sense: only its bits may have something behind the last row."""
-    has_bits = array.null_count or pa.types.is_boolean(array.type)
+    """Give a fresh array in the same sense: only bits, its own or its elements', may have something behind the last."""
+    has_bits = array.null_count or pa.types.is_boolean(array.type) or pa.types.is_nested(array.type)
     return pa.concat_arrays([array, array.slice(0, 0)]) if has_bits else array
 
 

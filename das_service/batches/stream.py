@@ -181,14 +181,12 @@ class BatchStream:
     # ---- pages
 
     def _iter_pages(self) -> Iterator[Page]:
-        """Give the pages up to the cursor's bounds; the next one is made while one is being read."""
+        """Give the pages up to the cursor's bounds; others are made while one is being read."""
         ranges = iter_ranges(self.cursor, self._page_rows)
         coming: deque[Future[Page]] = deque()
+        self._submit(ranges, coming)
         try:
-            while True:
-                self._submit(ranges, coming)
-                if not coming:
-                    return
+            while coming:
                 page = coming.popleft().result()
                 if page.num_rows:
                     self._row_bytes = max(1.0, page.nbytes / page.num_rows)
@@ -196,16 +194,16 @@ class BatchStream:
                 self._reading.count(self.cursor.dataset, page.counts)
                 yield page
         finally:
-            for page_to_come in coming:
-                page_to_come.cancel()
+            for later in coming:
+                later.cancel()
 
     def _submit(self, ranges: Iterator[list[tuple[int, int]]], coming: "deque[Future[Page]]") -> None:
         while len(coming) < _PAGES_AHEAD and (part := next(ranges, None)) is not None:
             coming.append(self._reading.pool.submit(self._read, part))
 
     def _page_rows(self) -> int:
-        most = self._most_rows
-        self._most_rows = min(2 * most, _MOST_PAGE_ROWS)
+        most = min(self._most_rows, _MOST_PAGE_ROWS)
+        self._most_rows = 2 * most
         return max(1, min(most, int(self._reading.budget.page_bytes / self._row_bytes)))
 
     def _read(self, ranges: list[tuple[int, int]]) -> Page:

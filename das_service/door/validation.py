@@ -144,8 +144,6 @@ def check_ids(ids: pa.Array, errors: RowErrors) -> None:
     """Refuse rows whose example_id is null, empty or too long."""
     _check_nulls(ids, "example_id", errors)
     lengths = value_bytes(ids)
-    if not ids.null_count and lengths.min(initial=1) > 0 and lengths.max(initial=1) <= EXAMPLE_ID_MAX_BYTES:
-        return
     is_empty = (lengths == 0) & valid_mask(ids)
     errors.refuse(is_empty, column="example_id", code="empty_id", message="it is the empty string")
     message = f"it is longer than {EXAMPLE_ID_MAX_BYTES} bytes"

@@ -1,8 +1,8 @@
 """Reading training batches."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -74,18 +74,21 @@ class _Answer(StreamingResponse):
     def __init__(
         self, service: Service, parts: tuple[bytes | None, Iterator[bytes | None]], *, held: AsyncExitStack
     ) -> None:
-        super().__init__(_in_threads(service, *parts), media_type=ARROW_STREAM)
+        self._parts = _in_threads(service, *parts)
+        super().__init__(self._parts, media_type=ARROW_STREAM)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
+        async with self._held, aclosing(self._parts):
             await super().__call__(scope, receive, send)
 
 
 _END = b""
 
 
-async def _in_threads(service: Service, first: bytes | None, parts: Iterator[bytes | None]) -> AsyncIterator[bytes]:
+async def _in_threads(
+    service: Service, first: bytes | None, parts: Iterator[bytes | None]
+) -> AsyncGenerator[bytes, None]:
     """Give the parts; the next one is made while one is being sent."""
     part = first
     while part != _END:

@@ -3,13 +3,18 @@
 import itertools
 import json
 import random
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
+from das_service.batches import pages
 from das_service.batches.cursor import decode_cursor, encode_cursor
+from schemas.wire import ARROW_STREAM
 from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
 
 
@@ -35,7 +40,6 @@ def test_rows_come_in_ready_order_each_once(trained: Trained) -> None:
 
 
 def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    from das_service.batches import stream
 
     trained.close(0, 400)
     whole = trained.read(fms="f", batch_rows=50)
@@ -45,8 +49,46 @@ def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeyp
     trained.close(400, 300)
     compact(trained)
     assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
-    monkeypatch.setattr(stream, "_MOST_PAGE_ROWS", 23)
+    monkeypatch.setattr("das_service.batches.stream._MOST_PAGE_ROWS", 23)
     assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
+
+
+def test_a_reader_that_hangs_up_while_a_page_is_made_leaves_when_it_is_made(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.close(0, 400)
+    opened, is_waiting, whole = threading.Event(), threading.Event(), pages.PageReader.read
+
+    def read(self: pages.PageReader, ranges: list[tuple[int, int]]) -> pages.Page:
+        if ranges[0][0] >= 28:
+            is_waiting.set()
+            assert opened.wait(30)
+        return whole(self, ranges)
+
+    async def receive() -> dict[str, Any]:
+        """Hang up as soon as the second page is waited for."""
+        assert await anyio.to_thread.run_sync(is_waiting.wait, 30)
+        threading.Timer(0.5, opened.set).start()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        """Take the head of the answer and nothing of its body: this reader's socket is full."""
+        if message["type"] == "http.response.body":
+            await anyio.sleep_forever()
+
+    monkeypatch.setattr("das_service.batches.stream._MOST_PAGE_ROWS", 23)
+    monkeypatch.setattr(pages.PageReader, "read", read)
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+        "path": f"/v1/datasets/{trained.dataset}/batches", "query_string": b"fm=f&batch_rows=30",
+        "headers": [(b"accept", ARROW_STREAM.encode())], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+        "state": dict(trained.api.http.app_state),
+    }  # fmt: skip
+    portal = trained.api.http.portal
+    assert portal is not None
+    portal.call(trained.api.http.app, scope, receive, send)
+    assert opened.is_set()
+    assert trained.read(fm="f").ids == expected_order(trained)
 
 
 def compact(trained: Trained) -> None:

@@ -137,22 +137,21 @@ def held_entries(declared: Declared) -> int:
     return sum(group["fm:f"].pending for group in groups.values())
 
 
-def hold_up(declared: Declared, process: subprocess.Popen[bytes]) -> None:
-    """Stop the process (SIGSTOP) while it holds entries; what it has not read yet waits too."""
-    deadline = time.monotonic() + 60
-    while True:
-        assert time.monotonic() < deadline
-        wait_for(lambda: held_entries(declared) > 0)
+def hold_up(declared: Declared, process: subprocess.Popen[bytes]) -> int:
+    """Log examples, stop the process (SIGSTOP) while it holds some and has others to read; give how many there are."""
+    chunks = 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         os.kill(process.pid, signal.SIGSTOP)
-        if held_entries(declared) > 0 and declared.pending("f") > held_entries(declared):
-            return
+        if held_entries(declared) and declared.pending("f") > held_entries(declared):
+            return 500 * chunks
+        while declared.pending("f") < 120:
+            declared.append(chunks % 2, examples(500 * chunks, 500))
+            chunks += 1
         os.kill(process.pid, signal.SIGCONT)
-
-
-def fill(declared: Declared, chunks: int) -> None:
-    """Log many chunks, more than a worker takes at once."""
-    for i in range(chunks):
-        declared.append(i % 2, examples(i * 500, 500))
+        while not held_entries(declared) and declared.pending("f"):
+            pass
+    pytest.fail("it was never caught at work")
 
 
 def test_entries_that_a_dead_worker_held_go_to_the_snapshot_that_is_active_then(
@@ -163,14 +162,13 @@ def test_entries_that_a_dead_worker_held_go_to_the_snapshot_that_is_active_then(
     publish(declared)
     declared.register("f", "s2", shift=1.0)
     wait_for(lambda: state(declared, "f", "s2").state == "validated")
-    fill(declared, 120)
-    hold_up(declared, first)
+    count = hold_up(declared, first)
     declared.activate("f", "s2")
     first.kill()
     workers.start()
     wait_for(lambda: declared.pending("f") == 0)
     scored = declared.scored("f")
-    assert sorted(row["example_id"] for row in scored) == sorted(f"e{i}" for i in range(60_000))
+    assert sorted(row["example_id"] for row in scored) == sorted(f"e{i}" for i in range(count))
     assert ("s2" in {row["snapshot_id"] for row in scored}, declared.dead("f")) == (True, [])
 
 
@@ -184,13 +182,12 @@ def test_a_batch_in_flight_of_a_withdrawn_snapshot_is_scored_again_by_the_one_it
     wait_for(lambda: state(declared, "f", "s2").state == "validated")
     declared.activate("f", "s2")
     wait_for(lambda: [beat["lanes"]["ads/f"]["snapshot"] for beat in beats(declared)] == ["s2"])
-    fill(declared, 120)
-    hold_up(declared, process)
+    count = hold_up(declared, process)
     declared.activate("f", "s1", withdraw=True)
     before = len(declared.scored("f"))
     os.kill(process.pid, signal.SIGCONT)
     wait_for(lambda: declared.pending("f") == 0)
     scored = declared.scored("f")
-    assert sorted(row["example_id"] for row in scored) == sorted(f"e{i}" for i in range(60_000))
+    assert sorted(row["example_id"] for row in scored) == sorted(f"e{i}" for i in range(count))
     assert (sum(row["snapshot_id"] == "s2" for row in scored), declared.dead("f")) == (before, [])
     assert metric(declared, "das_fm_wasted_rows_total") > 0
