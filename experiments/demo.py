@@ -1,10 +1,10 @@
 """`das demo`: the service on public data, from raw purchases to supervision that a trainer can read.
 
 A teacher is trained on weeks 1-26 of Complete Journey and published; the weeks after are streamed over HTTP in the
-order of time, as a product would, and so are their labels, as they become known (experiments.label_delays says when).
-Every four weeks the teacher reads back what has closed, trains on it and takes its own place. Then every impression is
-looked up, and two students read their closed rows as training batches and train on them with and without supervision
-(experiments.students says how). The last line is JSON.
+order of time, as a product would, and so are their labels, as they become known (experiments.data.label_delays says
+when). Every four weeks the teacher reads back what has closed, trains on it and takes its own place. Then every
+impression is looked up, and two students read their closed rows as training batches and train on them with and without
+supervision (experiments.students says how). The last line is JSON.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from rich.console import Console
 
 from das_service.client import Client
 from das_service.up.supervisor import SupervisorError, running_service
-from experiments import complete_journey as journey
 from experiments import students
+from experiments.data import complete_journey as journey
 from experiments.demo_report import (
     metric_sum,
     peak_memory_bytes,

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from das_service.client import Client
 from das_service.up.supervisor import SupervisorError, running_service
-from experiments import complete_journey as journey
+from experiments.data import complete_journey as journey
 from experiments.exfm_cells import Job, make_starts, processes, run_jobs, tune
 from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan
 from experiments.exfm_report import build_record, write_report

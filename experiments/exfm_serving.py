@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from das_service.client import Client
-from experiments import complete_journey as journey
+from experiments.data import complete_journey as journey
 from experiments.demo_report import metric_sum
 from experiments.exfm_plan import MIDDLE, PEEK, PEEK_UNGUARDED, TEACHERS, Plan
 from experiments.exfm_students import TASK, Rows

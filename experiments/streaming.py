@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from das_service.client import Client
 from das_service.up.supervisor import SupervisorError
-from experiments.complete_journey import DATASET_SPEC, EXAMPLE_COLUMNS, LABEL_COLUMN, LABEL_WINDOW_SECONDS
-from experiments.label_delays import build_labels
+from experiments.data.complete_journey import DATASET_SPEC, EXAMPLE_COLUMNS, LABEL_COLUMN, LABEL_WINDOW_SECONDS
+from experiments.data.label_delays import build_labels
 
 CHUNK_ROWS: Final = 5_000
 CLIENTS: Final = 2

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.complete_journey import LABEL_COLUMN
+from experiments.data.complete_journey import LABEL_COLUMN
 from experiments.teacher import iter_cuts, torch_settings
 from fm_inference.features import build_tensors
 from schemas.hashing import feature_seed, xxh64_int64

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.complete_journey import DATASET_SPEC, EXAMPLE_COLUMNS, LABEL_COLUMN
+from experiments.data.complete_journey import DATASET_SPEC, EXAMPLE_COLUMNS, LABEL_COLUMN
 from fm_inference import Signature
 from fm_inference.features import build_tensors
 from schemas.dataset import DatasetSpec

@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from experiments.complete_journey import TEACHER_WEEKS, build_impressions
+from experiments.data.complete_journey import TEACHER_WEEKS, build_impressions
 from experiments.students import STUDENTS, Rates, Rows, Trainer, build_rows, read_table
 from experiments.teacher import torch_settings
 from vm_training.metrics import normalized_entropy

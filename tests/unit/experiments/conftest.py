@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.complete_journey import WeekFile, build_impressions
+from experiments.data.complete_journey import WeekFile, build_impressions
 
 
 @pytest.fixture(scope="session")

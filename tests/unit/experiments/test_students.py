@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments import students
-from experiments.complete_journey import WeekFile
+from experiments.data.complete_journey import WeekFile
 from experiments.students import (
     RUNS,
     STUDENTS,

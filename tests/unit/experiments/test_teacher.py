@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from experiments.complete_journey import DATASET_SPEC, LABEL_COLUMN, WeekFile
+from experiments.data.complete_journey import DATASET_SPEC, LABEL_COLUMN, WeekFile
 from experiments.teacher import (
     EMBEDDING_SIZE,
     INPUTS,

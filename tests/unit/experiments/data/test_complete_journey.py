@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import complete_journey
-from experiments.complete_journey import (
+from experiments.data import complete_journey
+from experiments.data.complete_journey import (
     DATASET_SPEC,
     EXAMPLE_COLUMNS,
     FEATURE_COLUMNS,

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from experiments.negatives import Ints, Picks, build_streams, draw_negatives, find_sorted
+from experiments.data.negatives import Ints, Picks, build_streams, draw_negatives, find_sorted
 
 WEEKS: Final = range(1, 54)
 TEACHER_WEEKS: Final = range(1, 27)

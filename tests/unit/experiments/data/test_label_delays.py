@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from experiments.complete_journey import LABEL_WINDOW_SECONDS
-from experiments.label_delays import build_labels, label_delays
+from experiments.data.complete_journey import LABEL_WINDOW_SECONDS
+from experiments.data.label_delays import build_labels, label_delays
 
 IDS = pa.array([f"impression-{i}" for i in range(100_000)])
 

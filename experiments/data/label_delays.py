@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from experiments.complete_journey import LABEL_COLUMN, LABEL_WINDOW_SECONDS
+from experiments.data.complete_journey import LABEL_COLUMN, LABEL_WINDOW_SECONDS
 from schemas import keys
 
 MEDIAN: Final = timedelta(hours=6)

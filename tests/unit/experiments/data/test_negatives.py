@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.negatives import Ints, Picks, build_streams, draw_negatives
+from experiments.data.negatives import Ints, Picks, build_streams, draw_negatives
 
 MAX_ROWS = 40
 
