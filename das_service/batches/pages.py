@@ -28,7 +28,7 @@ from das_service.supervision.windows import BatchRows, Window, days_of
 from das_service.tables.duck import Duck, quoted_path
 from das_service.tables.offline_store import TableReader, table_place
 from schemas.dataset import TIMESTAMP, DatasetSpec, Feature
-from schemas.tables import CLOSED, EXAMPLES
+from schemas.tables import CLOSED, EXAMPLE_HASH, EXAMPLES
 
 Int64s: TypeAlias = NDArray[np.int64]
 Counts: TypeAlias = "Mapping[str, NDArray[np.int64]]"
@@ -73,6 +73,19 @@ class Page:
             else _own_bits(column.take(order))
             for column in self.columns
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """Rows of `closed` in `examples`: their numbers, ascending, and where each lies in the columns.
+
+    by_hash: each hash of these rows stands for one example between their times, so that nothing else has it.
+    """
+
+    columns: Mapping[str, pa.Array]
+    numbers: Int64s
+    order: Int64s
+    by_hash: bool = False
 
 
 class PageReader:
@@ -131,16 +144,16 @@ class PageReader:
 
     def _read(self, ranges: Sequence[tuple[int, int]]) -> Page:
         closed = self._closed_rows(ranges)
-        found, numbers, order = self._features(closed)
-        if len(numbers) < closed.num_rows:
-            closed = closed.take(pa.array(numbers))
-        supervision, counts = self._supervision(closed)
+        found = self._features(closed)
+        if len(found.numbers) < closed.num_rows:
+            closed = closed.take(pa.array(found.numbers))
+        supervision, counts = self._supervision(closed, by_hash=found.by_hash)
         columns = {name: closed[name] for name in ("example_id", "event_time", *self._of_closed)}
-        columns |= {name: found[name] for name in self._of_examples}
+        columns |= found.columns
         own = [columns[field.name] for field in self.schema if field.name in columns]
         return Page(
             columns=[*own, *supervision],
-            order=order,
+            order=found.order,
             ready_seq=closed["ready_seq"].to_numpy(),
             partition=closed["_partition"].to_numpy(),
             counts=counts,
@@ -151,7 +164,7 @@ class PageReader:
     def _closed_rows(self, ranges: Sequence[tuple[int, int]]) -> pa.Table:
         """Give the rows of `closed` that are asked for, in ready order."""
         first, end = ranges[0][0], ranges[-1][1]
-        names = ["example_id", "event_time", "ready_seq", "_partition", *self._of_closed]
+        names = ["example_id", "event_time", EXAMPLE_HASH, "ready_seq", "_partition", *self._of_closed]
         columns = ", ".join(f'"{name}"' for name in dict.fromkeys(names))
         keeps, values = self._keeps()
         files = [
@@ -222,34 +235,51 @@ class PageReader:
 
     # ---- their features
 
-    def _features(self, closed: pa.Table) -> tuple[dict[str, pa.Array], Int64s, Int64s]:
-        """Give columns of `examples`, the numbers of the rows that pass the filter, and where each lies in them."""
+    def _features(self, closed: pa.Table) -> "_Found":
+        """Find rows of `closed` in `examples`: by hash where each of the page is that of one example, else by id."""
         conditions = [c for c in self._conditions if filters_examples(self.spec, c[0])]
+        everything = np.arange(closed.num_rows)
         if not self._of_examples and not conditions:
-            return {}, np.arange(closed.num_rows), np.arange(closed.num_rows)
+            return _Found(columns={}, numbers=everything, order=everything)
         if not closed.num_rows:
-            return {name: pa.array([], self._type_of(name)) for name in self._of_examples}, np.arange(0), np.arange(0)
-        rows = self._matching_examples(closed, conditions)
-        numbers = rows["_row"].to_numpy()
-        if not conditions and len(numbers) != closed.num_rows:
+            columns = {name: pa.array([], self._type_of(name)) for name in self._of_examples}
+            return _Found(columns=columns, numbers=everything, order=everything)
+        if not conditions:
+            found = self._found(self._matching_examples(closed, [], key=EXAMPLE_HASH), by_hash=True)
+            if np.array_equal(found.numbers, everything):
+                return found
+        found = self._found(self._matching_examples(closed, conditions, key="example_id"), by_hash=False)
+        if not conditions and len(found.numbers) != closed.num_rows:
             raise DasError(
-                f"{closed.num_rows - len(numbers)} of the examples that the cursor is about are no longer in the "
+                f"{closed.num_rows - len(found.numbers)} of the examples that the cursor is about are no longer in the "
                 "tables; start again without a cursor",
                 code="cursor_expired",
                 http_status=410,
             )
-        order = np.argsort(numbers)
-        return {name: self._as_given(name, rows[name]) for name in self._of_examples}, numbers[order], order
+        return found
 
-    def _matching_examples(self, closed: pa.Table, conditions: Sequence[Condition]) -> pa.Table:
+    def _found(self, rows: pa.Table, *, by_hash: bool) -> "_Found":
+        numbers = rows["_row"].to_numpy()
+        order = np.argsort(numbers)
+        columns = {name: self._as_given(name, rows[name]) for name in self._of_examples}
+        return _Found(columns=columns, numbers=numbers[order], order=order, by_hash=by_hash)
+
+    def _matching_examples(self, closed: pa.Table, conditions: Sequence[Condition], *, key: str) -> pa.Table:
+        """Give `_row`, the number in `closed`, and the columns of each example between the page's times that matches.
+
+        key: the column that is compared. Another time means another example: one that has the hash has `_row` -1.
+        """
         times = closed["event_time"].cast(pa.int64()).to_numpy()
         first, last = int(times.min()), int(times.max())
         days = np.unique(days_of(times, self.spec.table_granularity))
         files = [file for day in days for file in self._examples.days.get(dt.date.fromordinal(_EPOCH + int(day)), [])]
         text, values = sql_of(conditions, prefix="e")
-        asked = closed.select(["example_id", "event_time"]).append_column(
+        asked = closed.select([key, "event_time"]).append_column(
             "_row", pa.array(np.arange(closed.num_rows, dtype=np.int32))
         )
+        row, on = "a._row", "USING (example_id, event_time)"
+        if key == EXAMPLE_HASH:
+            row, on = "CASE WHEN e.event_time = a.event_time THEN a._row ELSE -1 END", f"USING ({key})"
         with self._duck.cursor() as cursor:
             source = _source(cursor, "examples", self._examples.rows_of(files))
             if source is None:
@@ -258,10 +288,10 @@ class PageReader:
             wanted = dict.fromkeys([*self._of_examples, *(column for column, _, _ in conditions)])
             columns = "".join(f", {self._selected(name, cursor, source)}" for name in wanted)
             query = (
-                f"SELECT a._row, e.* EXCLUDE (example_id, event_time) FROM (SELECT * FROM "  # noqa: S608 - checked names
-                f"(SELECT example_id, event_time{columns} FROM {source}) "
+                f"SELECT {row} AS _row, e.* EXCLUDE ({key}, event_time) FROM (SELECT * FROM "  # noqa: S608 - checked names
+                f"(SELECT {key}, event_time{columns} FROM {source}) "
                 f"WHERE event_time BETWEEN make_timestamptz({first}) AND make_timestamptz({last})"
-                f"{f' AND {text}' if text else ''}) e JOIN asked a USING (example_id, event_time)"
+                f"{f' AND {text}' if text else ''}) e JOIN asked a {on}"
             )
             return cursor.sql(query, params=values).to_arrow_table()
 
@@ -279,7 +309,7 @@ class PageReader:
 
     # ---- what FMs said of them
 
-    def _supervision(self, closed: pa.Table) -> tuple[list[pa.ChunkedArray], Counts]:
+    def _supervision(self, closed: pa.Table, *, by_hash: bool) -> tuple[list[pa.ChunkedArray], Counts]:
         if not self._cursor.query.fms:
             return [], {}
         if not closed.num_rows:
@@ -294,6 +324,7 @@ class PageReader:
                 event_day=days_of(times, self.spec.table_granularity),
                 partition=closed["_partition"].to_numpy().astype(np.int64),
                 times=(int(times.min()), int(times.max())),
+                hashes=_one(closed[EXAMPLE_HASH]) if by_hash else None,
             )
         )
         return joined.columns.columns, joined.counts
@@ -327,7 +358,7 @@ def _source(cursor: duckdb.DuckDBPyConnection, name: str, rows: list[str] | pads
 
 
 def _no_rows(schema: pa.Schema, names: Iterable[str]) -> pa.Table:
-    others = {"ready_seq": pa.int64(), "_partition": pa.int32(), "_row": pa.int32()}
+    others = {"ready_seq": pa.int64(), "_partition": pa.int32(), EXAMPLE_HASH: pa.int64(), "_row": pa.int32()}
     return pa.table(
         {name: pa.array([], schema.field(name).type if name in schema.names else others[name]) for name in names}
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from das_service.batches.bounds import start_cursor
 from das_service.batches.cursor import Cursor, decode_cursor
@@ -34,6 +34,8 @@ _DAY_ONE = datetime(1970, 1, 1, tzinfo=UTC)
 
 class BatchParameters(BaseModel):
     """The query parameters of a reader. Lists are repeated or separated by commas."""
+
+    model_config = ConfigDict(extra="forbid")  # a misspelt filter must not give all rows
 
     fms: list[str] = Field([], description="FMs; none: labels alone.")
     outputs: list[str] | None = Field(None, description="Tasks and embeddings wanted of the FMs; default all.")

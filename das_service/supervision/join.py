@@ -335,13 +335,14 @@ class _WindowJoin:
         outputs = [name for name in self._values if not name.startswith("_")]
         ids = ", ".join(f"'{name}'" for name in self._fm.record.snapshots)
         columns = ", ".join(f'"{name}"' for name in outputs)
+        key = self._window.key
         # The snapshots' numbers are made before the join, where DuckDB holds a file's few ids once and not per row.
         query = (
-            f"SELECT a.row AS _row, s.* EXCLUDE (example_id{self._position()}) "  # noqa: S608 - declared names
-            f"FROM (SELECT example_id, epoch_us(event_time) AS _event_time, epoch_us(scored_at) AS _scored_at, "
+            f"SELECT a.row AS _row, s.* EXCLUDE ({key}{self._position()}) "  # noqa: S608 - declared names
+            f"FROM (SELECT {key}, epoch_us(event_time) AS _event_time, epoch_us(scored_at) AS _scored_at, "
             f"CAST(enum_code(TRY_CAST(snapshot_id AS ENUM ({ids}))) AS INTEGER) AS _snapshot"
             f"{', ' if outputs else ''}{columns}{self._position()} FROM {source}{self._condition('available_at')}) s "
-            f"JOIN asked a USING (example_id){self._within('s', 'reach')}"
+            f"JOIN asked a USING ({key}){self._within('s', 'reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
             self._take(batch)
@@ -418,10 +419,11 @@ class _WindowJoin:
         source = self._fm.dead_letters.source(self._cursor, self._days)
         if source is None:
             return
+        key = self._window.key
         query = (
             f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM "  # noqa: S608
-            f"(SELECT example_id, event_time{self._position()} FROM {source}{self._condition('failed_at')}) d "
-            f"JOIN asked a USING (example_id){self._within('d', 'dead_reach')}"
+            f"(SELECT {key}, event_time{self._position()} FROM {source}{self._condition('failed_at')}) d "
+            f"JOIN asked a USING ({key}){self._within('d', 'dead_reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
             rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()

@@ -18,7 +18,7 @@ from das_service.door.arrow_body import Budget
 from das_service.door.columns import id_column
 from das_service.tables.duck import quoted_path
 from schemas.dataset import TIMESTAMP
-from schemas.tables import event_days
+from schemas.tables import EXAMPLE_HASH, event_days
 
 Int64s: TypeAlias = NDArray[np.int64]
 
@@ -56,13 +56,15 @@ class Window:
     """Rows that are joined at once. event_day: one per row, as days since 1970.
 
     Of rows that come from our own tables more is known: their partitions, and the first and the last event_time in
-    microseconds, which are those of their supervision too.
+    microseconds, which are those of their supervision too. hashes: their `_example_hash`, where each stands for one
+    example between these times; it is joined by then, and ids need not be read.
     """
 
     parts: tuple[Rows, ...]
     event_day: Int64s
     partition: Int64s | None = None
     times: tuple[int, int] | None = None
+    hashes: pa.Array | None = None
 
     @property
     def num_rows(self) -> int:
@@ -78,10 +80,15 @@ class Window:
         """Give all columns of the rows; of a window of Arrow batches only."""
         return [part.batch for part in self.parts if isinstance(part, BatchRows)]
 
+    @property
+    def key(self) -> str:
+        """The column that the rows are joined by."""
+        return "example_id" if self.hashes is None else EXAMPLE_HASH
+
     def register(
         self, cursor: duckdb.DuckDBPyConnection, *, max_id_bytes: int, more: Mapping[str, Int64s] | None = None
     ) -> None:
-        """Make the view `asked` of the cursor: row (number in the window, from 0) and example_id.
+        """Make the view `asked` of the cursor: row (number in the window, from 0), example_id and the key.
 
         more: other columns of it, by name; of a window of Arrow batches only.
 
@@ -97,6 +104,7 @@ class Window:
                     {
                         "row": pa.array(np.arange(len(ids), dtype=np.int32)),
                         "example_id": ids,
+                        **({} if self.hashes is None else {EXAMPLE_HASH: self.hashes}),
                         **{name: pa.array(values) for name, values in (more or {}).items()},
                     }
                 ),

@@ -14,6 +14,7 @@ import pytest
 
 from das_service.batches import pages
 from das_service.batches.cursor import decode_cursor, encode_cursor
+from schemas import keys
 from schemas.wire import ARROW_STREAM
 from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
 
@@ -39,8 +40,30 @@ def test_rows_come_in_ready_order_each_once(trained: Trained) -> None:
     assert trained.read(fms="f", batch_rows=17).ids == expected_order(trained)
 
 
-def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hashes", [1 << 62, 7, 1])
+def test_examples_are_found_by_hash_and_told_apart_by_id_where_hashes_are_equal(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, hashes: int
+) -> None:
+    whole, find, found_by = keys.example_hashes, pages.PageReader._matching_examples, []
 
+    def matching(self: pages.PageReader, *args: Any, key: str) -> Any:
+        found_by.append(key)
+        return find(self, *args, key=key)
+
+    monkeypatch.setattr(keys, "example_hashes", lambda digests: whole(digests) % hashes)
+    monkeypatch.setattr(pages.PageReader, "_matching_examples", matching)
+    trained.close(0, 300)
+    read = trained.read(fms="f", batch_rows=40)
+    assert read.ids == expected_order(trained)
+    assert len(read.ids) > 250
+    for name, row in zip(read.ids, read.table.to_pylist(), strict=True):
+        assert (f"e{row['price']:.0f}", f"e{row['f__click__logit']:.0f}") == (name, name)
+    assert set(found_by) == {"_example_hash"} | ({"example_id"} if hashes < 300 else set())
+    filtered = trained.read(fms="f", filter=json.dumps([["price", "<", 100]]))
+    assert filtered.ids == [name for name in read.ids if int(name[1:]) < 100]
+
+
+def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     trained.close(0, 400)
     whole = trained.read(fms="f", batch_rows=50)
     before = {cursor: trained.read(cursor=cursor).content for cursor in [whole.start, *whole.cursors]}
@@ -80,7 +103,7 @@ def test_a_reader_that_hangs_up_while_a_page_is_made_leaves_when_it_is_made(
     monkeypatch.setattr(pages.PageReader, "read", read)
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-        "path": f"/v1/datasets/{trained.dataset}/batches", "query_string": b"fm=f&batch_rows=30",
+        "path": f"/v1/datasets/{trained.dataset}/batches", "query_string": b"fms=f&batch_rows=30",
         "headers": [(b"accept", ARROW_STREAM.encode())], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
         "state": dict(trained.api.http.app_state),
     }  # fmt: skip
@@ -88,7 +111,7 @@ def test_a_reader_that_hangs_up_while_a_page_is_made_leaves_when_it_is_made(
     assert portal is not None
     portal.call(trained.api.http.app, scope, receive, send)
     assert opened.is_set()
-    assert trained.read(fm="f").ids == expected_order(trained)
+    assert trained.read(fms="f").ids == expected_order(trained)
 
 
 def compact(trained: Trained) -> None:
@@ -270,6 +293,7 @@ BAD = [
     ({"as_of": "2999-01-01T00:00:00Z"}, 400, "as_of_in_future", "future"),
     ({"follow": True, "until": "2999-01-01T00:00:00Z"}, 400, "malformed", "to"),
     ({"extend": True}, 400, "malformed", "cursor"),
+    ({"fm": "f"}, 400, "malformed", "query.fm"),
 ]
 
 
