@@ -28,7 +28,7 @@ from das_service.up.supervisor import SupervisorError, running_service
 from experiments.data import complete_journey as journey
 from experiments.exfm_cells import Job, make_starts, processes, run_jobs, tune
 from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan
-from experiments.exfm_report import build_record, write_report
+from experiments.exfm_report import GUIDE, build_record, render_guide, write_report
 from experiments.exfm_serving import DATASET, count_forwards, read_rows, stream, train_first
 from experiments.exfm_students import Trainer, build_first_rows, save_rows
 from experiments.progress import Bars, Clock, empty_folder
@@ -173,6 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     write_report(results, record)
     console.print(f"Written: {results}/exfm.json, exfm.md and the plots.")
+    if not options.quick and options.results is None:
+        render_guide()
+        console.print(f"Brought up to date: {GUIDE}")
     print(json.dumps(record), flush=True)
     return 0
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from experiments.exfm_plan import METHODS, MIDDLE, Cell, Knobs, Plan, trials
+from experiments.exfm_plan import METHODS, MIDDLE, Cell, Knobs, Plan, rates, trials
 from experiments.exfm_students import Rows, Trainer, load_rows
 from experiments.teacher import torch_settings
 from vm_training.metrics import auc, calibration, normalized_entropy
@@ -54,28 +54,34 @@ def make_starts(pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress
 def tune(
     pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress: Callable[[int], None]
 ) -> dict[tuple[str, str], Knobs]:
-    """Give the settings of each (student, method): those of the lowest mean NE over the weeks of the tuning."""
-    tried: dict[tuple[str, str], dict[Knobs, list[Job]]] = {}
-    for student in plan.students:
-        for method in METHODS:
-            fm = "" if method == "none" else MIDDLE
-            tried[student, method] = {
-                knobs: [
-                    Job(
-                        cell=Cell(method=method, student=student, seed=seed, fm=fm, teacher_size=fm or None),
-                        knobs=knobs,
-                        phase="tune",
-                    )
-                    for seed in plan.tune_seeds
-                ]
-                for knobs in trials(method, plan.trials)
-            }
-    jobs = [job for by_knobs in tried.values() for many in by_knobs.values() for job in many]
-    found = run_jobs(pool, folder, jobs, on_progress)
-    return {
-        named: min(by_knobs, key=lambda knobs: float(np.mean([found[job]["ne"] for job in by_knobs[knobs]])))
-        for named, by_knobs in tried.items()
-    }
+    """Give the settings of each (student, method): those of the lowest mean NE over the weeks of the tuning.
+
+    The learning rates are those of labels alone.
+    """
+
+    def best(tried: Mapping[tuple[str, str], Sequence[Knobs]]) -> dict[tuple[str, str], Knobs]:
+        jobs = {
+            (named, knobs): [_tuning_job(named, knobs, seed) for seed in plan.tune_seeds]
+            for named, many in tried.items() for knobs in many
+        }  # fmt: skip
+        found = run_jobs(pool, folder, [job for many in jobs.values() for job in many], on_progress)
+        ne = {tried_one: float(np.mean([found[job]["ne"] for job in many])) for tried_one, many in jobs.items()}
+        return {named: min(many, key=lambda knobs: ne[named, knobs]) for named, many in tried.items()}
+
+    alone = best({(student, "none"): rates(plan.trials) for student in plan.students})
+    return alone | best(
+        {
+            (student, method): trials(method, alone[student, "none"], plan.trials)
+            for student in plan.students for method in METHODS if method != "none"
+        }
+    )  # fmt: skip
+
+
+def _tuning_job(named: tuple[str, str], knobs: Knobs, seed: int) -> Job:
+    student, method = named
+    fm = "" if method == "none" else MIDDLE
+    cell = Cell(method=method, student=student, seed=seed, fm=fm, teacher_size=fm or None)
+    return Job(cell=cell, knobs=knobs, phase="tune")
 
 
 def run_jobs(

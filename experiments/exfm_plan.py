@@ -5,14 +5,15 @@ Weeks: the teachers and the students begin on `first`; what a method is tuned on
 that was the newest L weeks before; `FROZEN` is the one of the last week before the report, throughout.
 
 A cell is one student trained once over the weeks of the tuning, to warm up, and those of the report; paired cells share
-the seed. Settings are chosen on all but the first `rotate_weeks` of the weeks of the tuning.
+the seed. Settings are chosen on all but the first `rotate_weeks` of the weeks of the tuning: the learning rates on labels
+alone, and at these rates, which are best for labels alone, as many settings of each method as rates were tried.
 """
 
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
 from experiments.teacher import TeacherSize
@@ -140,27 +141,27 @@ def fm_name(size: str, lag: Lag) -> str:
     return size if lag == 0 else f"{size}_{FROZEN}" if lag == FROZEN else f"{size}_lag{lag}"
 
 
-def trials(method: str, count: int) -> tuple[Knobs, ...]:
-    """Give the settings that are tried of a method, as many of each; the first is the plain form."""
-    rates = [
-        Knobs(table_rate=table, layer_rate=layer)
-        for layer, table in itertools.product((1e-2, 3e-3), (0.1, 0.05, 0.03, 0.2))
-    ]
-    weights = (1.0, 0.3, 0.1, 0.03, 3.0, 0.5, 2.0, 0.2)
+def rates(count: int) -> tuple[Knobs, ...]:
+    """Give the learning rates that are tried on labels alone; the first are the plain ones."""
+    grid = itertools.product((1e-2, 3e-3), (0.1, 0.05, 0.03, 0.2))
+    return tuple(Knobs(table_rate=table, layer_rate=layer) for layer, table in grid)[:count]
+
+
+def trials(method: str, base: Knobs, count: int) -> tuple[Knobs, ...]:
+    """Give the settings that are tried of a method, as many of each, at the learning rates of labels alone (base).
+
+    The first is the plain form.
+    """
+    weights = [{"weight": weight} for weight in (1.0, 0.3, 0.1, 0.03, 3.0, 0.5, 2.0, 0.2)]
+    pairs = ((1, 1), (0.3, 0.3), (1, 0.3), (0.3, 1), (3, 1), (1, 3), (3, 3), (0.1, 1))
+    scalings = (
+        (1, 1, 1), (1, 1, 3), (1, 2, 1), (3, 1, 1), (0.3, 1, 1), (1, 2, 3), (1, 0.5, 1), (10, 5, 20),
+    )  # fmt: skip
     grid = {
-        "none": rates,
-        "ah": rates,
-        "single": [Knobs(weight=weight) for weight in weights],
-        "single_sa": [Knobs(weight=weight) for weight in weights],
-        "ah_sa": [
-            Knobs(weight=weight, adapter_weight=other)
-            for weight, other in ((1, 1), (0.3, 0.3), (1, 0.3), (0.3, 1), (3, 1), (1, 3), (3, 3), (0.1, 1))
-        ],
-        "ah_scaled": [
-            Knobs(weight=weight, alpha=alpha, beta=beta)
-            for weight, alpha, beta in (
-                (1, 1, 1), (1, 1, 3), (1, 2, 1), (3, 1, 1), (0.3, 1, 1), (1, 2, 3), (1, 0.5, 1), (10, 5, 20),
-            )
-        ],
-    }  # fmt: skip
-    return tuple(grid[method][:count])
+        "single": weights,
+        "single_sa": weights,
+        "ah": weights,
+        "ah_sa": [{"weight": weight, "adapter_weight": other} for weight, other in pairs],
+        "ah_scaled": [{"weight": weight, "alpha": alpha, "beta": beta} for weight, alpha, beta in scalings],
+    }
+    return tuple(replace(base, **changes) for changes in grid[method][:count])

@@ -23,6 +23,8 @@ NAMES: Final = {
     "ah_sa": "auxiliary head + adapter",
     "single_sa": "single head + adapter",
 }
+GUIDE: Final = Path(__file__).parents[1] / "docs" / "training.md"
+_BEGIN, _END = "<!-- exfm: written by `python -m experiments.exfm_report` -->\n", "<!-- /exfm -->"
 _CELL: Final = ("method", "lag_weeks", "teacher_size", "student", "seed", "control", "ne", "auc", "calibration")
 _Key = tuple[str, Any, str | None, str | None, str]
 
@@ -130,6 +132,31 @@ def write_report(folder: Path, record: Mapping[str, Any]) -> None:
     plot_transfer(folder / "exfm-transfer.png", record)
 
 
+def rendered(guide: str, record: Mapping[str, Any]) -> str:
+    """Give the guide with its choice of methods made anew from the record."""
+    before, rest = guide.split(_BEGIN)
+    return before + _BEGIN + to_choice(record) + _END + rest.split(_END, 1)[1]
+
+
+def to_choice(record: Mapping[str, Any]) -> str:
+    """Give which method was best at which lag, for the guide; every number in it is one of the record."""
+    plain = [c for c in record["comparisons"] if c["control"] is None and c["teacher_size"] == MIDDLE]
+    students = sorted({c["student"] for c in plain}, reverse=True)
+    rows = []
+    for lag in _unique(c["lag_weeks"] for c in plain):
+        row = [_lag_name(lag)]
+        for student in students:
+            here = [c for c in plain if (c["student"], c["lag_weeks"]) == (student, lag)]
+            best = min(here, key=lambda c: float(c["ne_delta"]))
+            beaten = [NAMES[c["method"]] for c in here if c["high"] < 0]
+            row += [f"{NAMES[best['method']]}: {_shown(best)}", f"{len(beaten)} of {len(here)}"]
+        rows.append(row)
+    head = [f"best for the {student} student" for student in students]
+    return _table(
+        ["teacher's lag", *[cell for each in head for cell in (each, "methods that clearly help")]], rows
+    )  # fmt: skip
+
+
 def to_page(record: Mapping[str, Any]) -> str:
     """Give the page; every number in it is one of the record."""
     weeks, rows = record["weeks"], record["rows"]
@@ -140,10 +167,11 @@ def to_page(record: Mapping[str, Any]) -> str:
         f"Written by `python -m experiments.exfm` ({record['machine']}; "
         f"{record['seconds']['total'] / 60:.0f} minutes). Students of the products on display: {rows['report']:,} rows "
         f"of weeks {weeks['reported'][0]}-{weeks['reported'][1]}, read once in ready order, predicted before they are "
-        f"trained on; {seeds} paired seeds; settings chosen on weeks {weeks['tuned'][0]}-{weeks['tuned'][1]} alone, as "
-        "many tried of each method. A number is the change of NE against the same student on labels alone, in "
-        "thousandths (below 0 is better), and its 95 % interval over seeds: how much other seeds would move it on "
-        "these rows, not on other rows.\n",
+        f"trained on; {seeds} paired seeds. Chosen on weeks {weeks['tuned'][0]}-{weeks['tuned'][1]} alone: the learning "
+        "rates, by the student on labels alone, and at these rates each method's settings, of as many as there were "
+        "rates. A number is the change of NE against the same student on labels alone, in thousandths (below 0 is "
+        "better), and its 95 % interval over seeds: how much other seeds would move it on these rows, not on other "
+        "rows.\n",
         *[section for student in students for section in (f"## The {student} student\n", *_student(record, student))],
         "## Controls\n",
         _controls(record),
@@ -153,6 +181,8 @@ def to_page(record: Mapping[str, Any]) -> str:
         _transfer_table(record),
         "## One teacher, many students\n",
         _slices(record),
+        "## Settings\n",
+        _settings(record),
         "![NE against lag](exfm-lag.png)\n",
         "![transfer ratio against teacher size](exfm-transfer.png)\n",
     ]
@@ -246,6 +276,15 @@ def _slices(record: Mapping[str, Any]) -> str:
     )
 
 
+def _settings(record: Mapping[str, Any]) -> str:
+    names = ("table_rate", "layer_rate", "weight", "alpha", "beta", "adapter_weight")
+    rows = [
+        [known["student"], NAMES[known["method"]], *[f"{known[name]:g}" for name in names]]
+        for known in record["tuned"]
+    ]  # fmt: skip
+    return _table(["student", "method", *names], rows)
+
+
 def _find(comparisons: Sequence[Mapping[str, Any]], method: str, lag: Any, size: str) -> Mapping[str, Any]:  # noqa: ANN401
     return next(
         c for c in comparisons if (c["method"], c["lag_weeks"], c["teacher_size"]) == (method, lag, size)
@@ -273,3 +312,13 @@ def _unique(values: Iterator[Any]) -> list[Any]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def render_guide() -> None:
+    """Bring the guide's choice of methods up to date with the kept record."""
+    record = json.loads((Path(__file__).parent / "results" / "exfm.json").read_text())
+    GUIDE.write_text(rendered(GUIDE.read_text(), record))
+
+
+if __name__ == "__main__":
+    render_guide()

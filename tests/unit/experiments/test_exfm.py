@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.exfm_cells import Job
-from experiments.exfm_plan import FROZEN, FULL, METHODS, MIDDLE, PEEK, QUICK, Cell, Knobs, Plan, trials
-from experiments.exfm_report import build_record, to_page, write_report
+from experiments.exfm_plan import FROZEN, FULL, METHODS, MIDDLE, PEEK, QUICK, Cell, Knobs, Plan, rates, trials
+from experiments.exfm_report import GUIDE, build_record, rendered, to_choice, to_page, write_report
 from experiments.exfm_students import Rows, Trainer, load_rows, save_rows
 from experiments.teacher import torch_settings
 from tests.conftest import ROOT
@@ -44,9 +44,14 @@ def test_the_full_plan_is_both_slices_of_the_factorial_and_the_controls() -> Non
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_every_method_has_as_many_settings_to_choose_from(count: int) -> None:
-    for method in METHODS:
-        assert len(set(trials(method, count))) == count
-        assert trials(method, count)[0] == Knobs()
+    assert len(set(rates(count))) == count
+    assert rates(count)[0] == Knobs()
+    base = Knobs(table_rate=0.2, layer_rate=3e-3)
+    for method in METHODS[1:]:
+        tried = trials(method, base, count)
+        assert len(set(tried)) == count
+        assert tried[0] == base
+        assert {(knobs.table_rate, knobs.layer_rate) for knobs in tried} == {(0.2, 3e-3)}
 
 
 def test_a_cell_at_other_settings_is_another_file() -> None:
@@ -163,6 +168,11 @@ def test_the_page_is_written_from_the_record_alone(record: dict[str, Any], tmp_p
     assert {path.name for path in tmp_path.glob("*.png")} == {"exfm-lag.png", "exfm-transfer.png"}
 
 
-@pytest.mark.skipif(not (RESULTS / "exfm.json").exists(), reason="the experiment has no kept result yet")
-def test_the_kept_page_says_what_the_kept_record_says() -> None:
-    assert (RESULTS / "exfm.md").read_text() == to_page(json.loads((RESULTS / "exfm.json").read_text()))
+def test_the_guide_names_the_best_method_at_each_lag_and_how_many_clearly_help(record: dict[str, Any]) -> None:
+    assert "| 0 weeks | single head: -2.00 (-4.48 to +0.48) | 0 of 5 |" in to_choice(record)
+
+
+def test_the_kept_page_and_the_guide_say_what_the_kept_record_says() -> None:
+    record = json.loads((RESULTS / "exfm.json").read_text())
+    assert (RESULTS / "exfm.md").read_text() == to_page(record)
+    assert rendered(GUIDE.read_text(), record) == GUIDE.read_text()
