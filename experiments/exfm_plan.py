@@ -5,8 +5,8 @@ Weeks: the teachers and the students begin on `first`; what a method is tuned on
 that was the newest L weeks before; `FROZEN` is the one of the last week before the report, throughout.
 
 A cell is one student trained once over the weeks of the tuning, to warm up, and those of the report; paired cells share
-the seed. Settings are chosen on all but the first `rotate_weeks` of the weeks of the tuning: the learning rates on labels
-alone, and at these rates, which are best for labels alone, as many settings of each method as rates were tried.
+the seed. Settings are chosen on all but the first `rotate_weeks` of the weeks of the tuning: the learning rates on
+labels alone, and at these rates, which are best for labels alone, as many settings of each method as rates were tried.
 """
 
 import hashlib

@@ -167,11 +167,11 @@ def to_page(record: Mapping[str, Any]) -> str:
         f"Written by `python -m experiments.exfm` ({record['machine']}; "
         f"{record['seconds']['total'] / 60:.0f} minutes). Students of the products on display: {rows['report']:,} rows "
         f"of weeks {weeks['reported'][0]}-{weeks['reported'][1]}, read once in ready order, predicted before they are "
-        f"trained on; {seeds} paired seeds. Chosen on weeks {weeks['tuned'][0]}-{weeks['tuned'][1]} alone: the learning "
-        "rates, by the student on labels alone, and at these rates each method's settings, of as many as there were "
-        "rates. A number is the change of NE against the same student on labels alone, in thousandths (below 0 is "
-        "better), and its 95 % interval over seeds: how much other seeds would move it on these rows, not on other "
-        "rows.\n",
+        f"trained on; {seeds} paired seeds. Chosen on weeks {weeks['tuned'][0]}-{weeks['tuned'][1]} alone: the "
+        "learning rates, by the student on labels alone, and at these rates each method's settings, of as many as "
+        "there were rates. A number is the change of NE against the same student on labels alone, in thousandths "
+        "(below 0 is better), and its 95 % interval over seeds: how much other seeds would move it on these rows, not "
+        "on other rows.\n",
         *[section for student in students for section in (f"## The {student} student\n", *_student(record, student))],
         "## Controls\n",
         _controls(record),

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import httpx
 
 from das_service.client.errors import DasClientError, NotFoundError, UnreachableError, problem_error
+from das_service.client.transport import plain_transport
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
@@ -64,6 +65,7 @@ class Caller:
         self._clock = clock
         headers = {"Authorization": f"Bearer {_checked_token(token)}"} if token else {}
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
+        transport = plain_transport(self.url) if transport is None else transport
         self._http = httpx.Client(base_url=self.url, headers=headers, transport=transport, limits=limits)
 
     def close(self) -> None:
