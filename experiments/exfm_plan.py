@@ -143,7 +143,7 @@ def fm_name(size: str, lag: Lag) -> str:
 
 def rates(count: int) -> tuple[Knobs, ...]:
     """Give the learning rates that are tried on labels alone; the first are the plain ones."""
-    grid = itertools.product((1e-2, 3e-3), (0.1, 0.05, 0.03, 0.2))
+    grid = itertools.product((1e-2, 3e-3), (0.1, 0.2, 0.4, 0.8))
     return tuple(Knobs(table_rate=table, layer_rate=layer) for layer, table in grid)[:count]
 
 
