@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import httpx
 import pyarrow as pa
@@ -41,6 +41,7 @@ SLICES: Final[dict[str, list[list[object]]]] = {
     "department DRUG GM": [["department", "=", "DRUG GM"]],
 }
 _MARK: Final = ".das-exfm"
+Found: TypeAlias = dict[Job, dict[str, Any]]
 _SERVED: Final = "served.json"
 
 
@@ -50,9 +51,19 @@ def run(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
     if not _is_served(plan, folder):
         empty_folder(folder, mark=_MARK)
         served = _serve(plan, folder, clock, bars)
-        (folder / _SERVED).write_text(json.dumps({"plan": repr(plan), "served": served, "seconds": clock.seconds}))
+        _keep_served(plan, folder, served, clock)
     kept = json.loads((folder / _SERVED).read_text())
     served, clock.seconds = kept["served"], kept["seconds"]
+    try:
+        found, tuned = _train(plan, folder, clock, bars)
+    finally:
+        _keep_served(plan, folder, served, clock)  # who goes on later has this time too
+    seconds = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
+    return build_record(plan, found, tuned, served, seconds=seconds, machine=_machine())
+
+
+def _train(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> tuple[Found, dict[tuple[str, str], Knobs]]:
+    """Train every student that is not trained yet; give the metrics of each, and the settings that were chosen."""
     with processes() as pool:
         with clock.stage("starts"):
             count = len(plan.students) * len(plan.seeds)
@@ -67,9 +78,11 @@ def run(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
             Job(cell=cell, knobs=tuned[cell.student, cell.method], phase="report") for cell in plan.cells()
         ]  # fmt: skip
         with clock.stage("cells"), bars.bar("Training every student, once per method", len(jobs)) as advance:
-            found = run_jobs(pool, folder, jobs, advance)
-    seconds = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
-    return build_record(plan, found, tuned, served, seconds=seconds, machine=_machine())
+            return run_jobs(pool, folder, jobs, advance), tuned
+
+
+def _keep_served(plan: Plan, folder: Path, served: dict[str, Any], clock: Clock) -> None:
+    (folder / _SERVED).write_text(json.dumps({"plan": repr(plan), "served": served, "seconds": clock.seconds}))
 
 
 def _is_served(plan: Plan, folder: Path) -> bool:

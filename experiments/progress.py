@@ -24,8 +24,10 @@ class Clock:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, or another part of it."""
         start = time.monotonic()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
 
     def total(self) -> dict[str, float]:
         """Give all stages and the total."""
