@@ -267,7 +267,8 @@ class PageReader:
     def _matching_examples(self, closed: pa.Table, conditions: Sequence[Condition], *, key: str) -> pa.Table:
         """Give `_row`, the number in `closed`, and the columns of each example between the page's times that matches.
 
-        key: the column that is compared. Another time means another example: one that has the hash has `_row` -1.
+        key: the column that is compared. Another time means another example: one that has the hash has `_row` -1. Of
+        those that share hashes no more are given than show that there are some: there may be many pairs of them.
         """
         times = closed["event_time"].cast(pa.int64()).to_numpy()
         first, last = int(times.min()), int(times.max())
@@ -279,7 +280,8 @@ class PageReader:
         )
         row, on = "a._row", "USING (example_id, event_time)"
         if key == EXAMPLE_HASH:
-            row, on = "CASE WHEN e.event_time = a.event_time THEN a._row ELSE -1 END", f"USING ({key})"
+            row = "CASE WHEN e.event_time = a.event_time THEN a._row ELSE -1 END"
+            on = f"USING ({key}) LIMIT {closed.num_rows + 1}"
         with self._duck.cursor() as cursor:
             source = _source(cursor, "examples", self._examples.rows_of(files))
             if source is None:
