@@ -26,7 +26,7 @@ from rich.console import Console
 from das_service.client import Client
 from das_service.up.supervisor import SupervisorError, running_service
 from experiments.data import complete_journey as journey
-from experiments.exfm_cells import Job, make_starts, processes, run_jobs, tune
+from experiments.exfm_cells import Job, keep, make_starts, processes, run_jobs, tune
 from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan
 from experiments.exfm_report import GUIDE, build_record, render_guide, write_report
 from experiments.exfm_serving import DATASET, count_forwards, read_rows, stream, train_first
@@ -82,7 +82,7 @@ def _train(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> tuple[Found, d
 
 
 def _keep_served(plan: Plan, folder: Path, served: dict[str, Any], clock: Clock) -> None:
-    (folder / _SERVED).write_text(json.dumps({"plan": repr(plan), "served": served, "seconds": clock.seconds}))
+    keep(folder / _SERVED, json.dumps({"plan": repr(plan), "served": served, "seconds": clock.seconds}).encode())
 
 
 def _is_served(plan: Plan, folder: Path) -> bool:

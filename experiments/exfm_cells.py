@@ -41,7 +41,11 @@ class Job:
 def processes() -> Iterator[ProcessPoolExecutor]:
     """Run processes that train on one thread each."""
     with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all that waits is still trained
+            raise
 
 
 def make_starts(pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress: Callable[[int], None]) -> None:
@@ -113,7 +117,7 @@ def _run_group(folder: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             warm.train(_rows(folder, f"warm_{first.phase}"))
             for job, path in zip(jobs, kept, strict=True):
                 record = _metrics(warm.copy(fm=job.cell.fm), _rows(folder, job.phase))
-                _keep(path, json.dumps({**asdict(job.cell), "knobs": asdict(job.knobs), **record}).encode())
+                keep(path, json.dumps({**asdict(job.cell), "knobs": asdict(job.knobs), **record}).encode())
     return [json.loads(path.read_text()) for path in kept]
 
 
@@ -133,7 +137,7 @@ def _make_start(folder: str, student: str, seed: int) -> int:
         with torch_settings(seed=seed, num_threads=1):
             trainer = Trainer(Cell(method="none", student=student, seed=seed), Knobs())
             trainer.train(_rows(folder, "before"))
-        _keep(path, trainer.save())
+        keep(path, trainer.save())
     return 1
 
 
@@ -141,7 +145,8 @@ def _start_path(folder: str, student: str, seed: int) -> Path:
     return Path(folder) / "starts" / f"{student}-{seed}.pt"
 
 
-def _keep(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     half.write_bytes(data)

@@ -121,8 +121,9 @@ class Plan:
 
     def _controls(self, student: str, seed: int) -> Iterator[Cell]:
         wanted = [("single_sa", MIDDLE, "constant")]
+        wanted += [(method, MIDDLE, "shuffled") for method in METHODS[1:]]
         for method in ("single", "ah"):
-            wanted += [(method, MIDDLE, "shuffled"), (method, PEEK, PEEK), (method, PEEK_UNGUARDED, PEEK_UNGUARDED)]
+            wanted += [(method, PEEK, PEEK), (method, PEEK_UNGUARDED, PEEK_UNGUARDED)]
         for method, fm, control in wanted:
             yield Cell(
                 method=method, student=student, seed=seed, fm=fm, lag=0, teacher_size=MIDDLE, control=control
@@ -143,8 +144,8 @@ def fm_name(size: str, lag: Lag) -> str:
 
 def rates(count: int) -> tuple[Knobs, ...]:
     """Give the learning rates that are tried on labels alone; the first are the plain ones."""
-    grid = itertools.product((1e-2, 3e-3), (0.1, 0.2, 0.4, 0.8))
-    return tuple(Knobs(table_rate=table, layer_rate=layer) for layer, table in grid)[:count]
+    grid = ((0.1, 1e-2), (0.2, 1e-2), (0.4, 1e-2), (0.1, 3e-3), (0.2, 3e-3), (0.4, 3e-3), (0.1, 1e-3), (0.2, 1e-3))
+    return tuple(Knobs(table_rate=table, layer_rate=layer) for table, layer in grid)[:count]
 
 
 def trials(method: str, base: Knobs, count: int) -> tuple[Knobs, ...]:
@@ -152,7 +153,7 @@ def trials(method: str, base: Knobs, count: int) -> tuple[Knobs, ...]:
 
     The first is the plain form.
     """
-    weights = [{"weight": weight} for weight in (1.0, 0.3, 0.1, 0.03, 3.0, 0.5, 2.0, 0.2)]
+    weights = [{"weight": weight} for weight in (1.0, 0.3, 0.1, 0.03, 3.0, 10.0, 2.0, 0.2)]
     pairs = ((1, 1), (0.3, 0.3), (1, 0.3), (0.3, 1), (3, 1), (1, 3), (3, 3), (0.1, 1))
     scalings = (
         (1, 1, 1), (1, 1, 3), (1, 2, 1), (3, 1, 1), (0.3, 1, 1), (1, 2, 3), (1, 0.5, 1), (10, 5, 20),

@@ -58,17 +58,17 @@ class PlainTransport(httpx.BaseTransport):
     ) -> httpx.Response:
         try:
             answer = _exchange(connection, request, seconds)
+            head = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.getheaders()]
+            body = _Body(self, connection, answer, address, request)
+            return httpx.Response(answer.status, headers=head, stream=body)
         except BaseException:
             connection.close()
             raise
-        body = _Body(self, connection, answer, address, request)
-        return httpx.Response(answer.status, headers=answer.getheaders(), stream=body)
 
     def _take(self, address: tuple[str, int]) -> HTTPConnection | None:
+        if os.getpid() != self._pid:  # they are the parent's, who goes on using them, and so is the lock
+            self._idle, self._lock, self._pid = deque(), threading.Lock(), os.getpid()
         with self._lock:
-            if os.getpid() != self._pid:  # they are the parent's, who goes on using them
-                self._idle.clear()
-                self._pid = os.getpid()
             for kept in reversed(self._idle):
                 if kept[0] == address:
                     self._idle.remove(kept)
@@ -107,7 +107,10 @@ def _exchange(
     connection: HTTPConnection, request: httpx.Request, seconds: dict[str, float | None]
 ) -> HTTPResponse:  # fmt: skip
     """Send the request and give the answer's head. A refusal may come before the whole body is sent."""
-    body = b"".join(request.stream)  # type: ignore[arg-type] # of one piece: that piece
+    body = memoryview(b"".join(request.stream))  # type: ignore[arg-type] # of one piece: that piece
+    pieces = [
+        body[at : at + _PIECE_BYTES] for at in range(0, len(body), _PIECE_BYTES)
+    ]  # each may take as long as asked
     unsent: OSError | None = None
     try:
         connection.sock.settimeout(seconds.get("write"))
@@ -116,7 +119,7 @@ def _exchange(
         )
         for name, value in request.headers.raw:
             connection.putheader(name, value)
-        connection.endheaders(body or None)
+        connection.endheaders(pieces)
     except ValueError as error:  # what no header can hold
         raise httpx.LocalProtocolError(str(error), request=request) from error
     except TimeoutError as error:

@@ -24,7 +24,7 @@ import gzip
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -122,8 +122,6 @@ def build_impressions(
     places, say = _find_files(source), on_progress or (lambda *_: None)
     length = history_length if "behavior_log" in places else 0
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("day_????-??-??.parquet"):
-        stale.unlink()
     work = folder / _WORK
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -140,10 +138,12 @@ def build_impressions(
             files = []
             for number, day in enumerate(days):
                 say("days", number, len(days))
-                files.append(_write_day(con, work, folder, day=day, length=length))
+                files.append(_write_day(con, work, day=day, length=length))
             say("days", len(days), len(days))
-            return tuple(files)
-    except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
+        for stale in folder.glob("day_????-??-??.parquet"):
+            stale.unlink()
+        return tuple(replace(file, path=file.path.rename(folder / file.path.name)) for file in files)
+    except duckdb.Error as error:
         raise ValueError(_told(error)) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -165,8 +165,11 @@ def _find_files(source: Path) -> dict[str, Path]:
 
 
 def _check_columns(path: Path, columns: dict[str, str]) -> None:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        names = [name.strip() for name in file.readline(10_000).split(",")]
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            names = [name.strip() for name in file.readline(10_000).split(",")]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
     if names != list(columns):
         raise ValueError(f"{path} has the columns {', '.join(names)}; it should have {', '.join(columns)}")
 
@@ -179,10 +182,10 @@ def _csv(path: Path, columns: dict[str, str]) -> str:
 
 
 def _told(error: duckdb.Error) -> str:
-    """Give what DuckDB says of a CSV file in one line: file, line, and what is wrong with it."""
+    """Give what DuckDB says in one line; of a CSV file its name, the line, and what is wrong with it."""
     lines = str(error).splitlines()
-    file = next((line.split("=", 1)[1].strip() for line in lines if line.startswith("  file =")), "a file")
-    return f"{file}: {'; '.join(lines[:3]).split(': ', 1)[-1]}"
+    file = next((line.split("=", 1)[1].strip() for line in lines if line.startswith("  file =")), None)
+    return lines[0] if file is None else f"{file}: {'; '.join(lines[:3]).split(': ', 1)[-1]}"
 
 
 def _split(
@@ -196,6 +199,8 @@ def _split(
     """Write the impressions with their features, and the behaviours, into buckets of users; give the days there are."""
     for name, path in places.items():
         con.execute(f"CREATE VIEW {name} AS SELECT * FROM {_csv(path, _FILES[name])}")
+    _refuse_repeats(con, places, "ad_feature", "adgroup_id")
+    _refuse_repeats(con, places, "user_profile", "userid")
     buckets = _BUCKETS if with_behaviours else 1
     total = 1 + with_behaviours
     on_progress("files", 0, total)
@@ -218,6 +223,12 @@ def _split(
         on_progress("files", total, total)
     found = {path.name.removeprefix("day=") for path in work.glob("samples/bucket=*/day=*")}
     return sorted(found)
+
+
+def _refuse_repeats(con: duckdb.DuckDBPyConnection, places: dict[str, Path], name: str, key: str) -> None:
+    found = con.sql(f"SELECT {key} FROM {name} GROUP BY {key} HAVING count(*) > 1 ORDER BY {key} LIMIT 1").fetchall()
+    if found:
+        raise ValueError(f"{places[name]} has {key} {found[0][0]} more than once: of which one are the impressions?")
 
 
 def _check_samples(con: duckdb.DuckDBPyConnection) -> None:
@@ -264,7 +275,7 @@ def _add_histories(con: duckdb.DuckDBPyConnection, work: Path, *, length: int, o
     on_progress("histories", len(buckets), len(buckets))
 
 
-def _write_day(con: duckdb.DuckDBPyConnection, work: Path, folder: Path, *, day: str, length: int) -> DayFile:
+def _write_day(con: duckdb.DuckDBPyConnection, work: Path, *, day: str, length: int) -> DayFile:
     local = f"time_stamp + {_BEIJING_SECONDS}"
     columns = {
         "example_id": "concat_ws('-', user_id, time_stamp, adgroup_id, pid, nullif(copy, 1))",
@@ -278,7 +289,7 @@ def _write_day(con: duckdb.DuckDBPyConnection, work: Path, folder: Path, *, day:
     rows = con.sql(
         f"SELECT {chosen} FROM read_parquet('{_at(work, where)}/*/day={day}/*.parquet') ORDER BY event_time, example_id"
     )
-    path = folder / f"day_{day}.parquet"
+    path = work / f"day_{day}.parquet"
     num_rows = num_positives = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in rows.to_arrow_reader(_ROW_GROUP_ROWS):

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -134,6 +135,25 @@ def test_an_answer_that_is_cut_or_none_is_a_protocol_error(transport: httpx.Base
     ):
         client.get(url)
     assert str(caught.value)
+
+
+def test_a_slow_caller_may_send_for_longer_than_one_wait(transport: httpx.BaseTransport) -> None:
+    def slowly(connection: socket.socket) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        left = 12_000_000
+        while left > 0:
+            left -= len(connection.recv(600_000, socket.MSG_WAITALL))
+            time.sleep(0.05)
+        connection.sendall(WHOLE)
+
+    with server(slowly) as url, client_of(transport, seconds=0.6) as client:
+        assert client.post(url, content=b"x" * 12_000_000).text == "hello"
+
+
+def test_a_header_in_latin_1_is_no_error(transport: httpx.BaseTransport) -> None:
+    said = WHOLE.replace(b"X-Two: a", b"X-Two: caf\xe9")
+    with server(answers(said)) as url, client_of(transport) as client:
+        assert client.get(url).headers.get_list("x-two") == ["café", "b"]
 
 
 def test_silence_is_a_timeout_of_its_kind(transport: httpx.BaseTransport) -> None:

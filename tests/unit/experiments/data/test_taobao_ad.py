@@ -177,6 +177,13 @@ def test_a_missing_or_strange_file_is_told_by_name(tmp_path: Path) -> None:
     refused("raw_sample", f"{head}\n1,{MIDNIGHT},3\n", error=ValueError, says="Columns: 6 Found: 3")
     refused("raw_sample", f"{head}\n1,{MIDNIGHT},3,p,1,1\n", error=ValueError, says="1 rows whose clk and nonclk")
     refused("raw_sample", f"{head}\n,{MIDNIGHT},3,p,1,0\n", error=ValueError, says="1 rows without user")
+    refused(
+        "ad_feature", f"{HEADS['ad_feature']}\n7,1,1,1,1,1\n7,2,1,1,1,1\n", error=ValueError, says="adgroup_id 7 more"
+    )
+    (source / "user_profile.csv").rename(source / "user_profile.csv.gz")
+    with pytest.raises(ValueError, match=r"user_profile.csv.gz can't be read: Not a gzipped file"):
+        build_impressions(source, tmp_path / "days")
+    (source / "user_profile.csv.gz").rename(source / "user_profile.csv")
     with pytest.raises(ValueError, match="history_length is -1"):
         build_impressions(source, tmp_path / "days", history_length=-1)
 
