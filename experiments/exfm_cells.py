@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from experiments.teacher import torch_settings
 from vm_training.metrics import auc, calibration, normalized_entropy
 
 Phase = Literal["tune", "report"]
+Tried: TypeAlias = dict[tuple[str, str], dict[Knobs, float]]
 _PROCESSES: Final = 2
 
 
@@ -55,30 +56,34 @@ def make_starts(pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress
         on_progress(done.result())
 
 
-def tune(
-    pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress: Callable[[int], None]
-) -> dict[tuple[str, str], Knobs]:
-    """Give the settings of each (student, method): those of the lowest mean NE over the weeks of the tuning.
+def tune(pool: ProcessPoolExecutor, folder: Path, plan: Plan, on_progress: Callable[[int], None]) -> Tried:
+    """Give the mean NE over the weeks of the tuning of all settings that are tried of each (student, method).
 
-    The learning rates are those of labels alone.
+    Of the methods at the learning rates that are best for labels alone.
     """
 
-    def best(tried: Mapping[tuple[str, str], Sequence[Knobs]]) -> dict[tuple[str, str], Knobs]:
+    def run(tried: Mapping[tuple[str, str], Sequence[Knobs]]) -> Tried:
         jobs = {
             (named, knobs): [_tuning_job(named, knobs, seed) for seed in plan.tune_seeds]
             for named, many in tried.items() for knobs in many
         }  # fmt: skip
         found = run_jobs(pool, folder, [job for many in jobs.values() for job in many], on_progress)
         ne = {tried_one: float(np.mean([found[job]["ne"] for job in many])) for tried_one, many in jobs.items()}
-        return {named: min(many, key=lambda knobs: ne[named, knobs]) for named, many in tried.items()}
+        return {named: {knobs: ne[named, knobs] for knobs in many} for named, many in tried.items()}
 
-    alone = best({(student, "none"): rates(plan.trials) for student in plan.students})
-    return alone | best(
+    alone = run({(student, "none"): rates(plan.trials) for student in plan.students})
+    chosen = choose(alone)
+    return alone | run(
         {
-            (student, method): trials(method, alone[student, "none"], plan.trials)
+            (student, method): trials(method, chosen[student, "none"], plan.trials)
             for student in plan.students for method in METHODS if method != "none"
         }
     )  # fmt: skip
+
+
+def choose(tried: Tried) -> dict[tuple[str, str], Knobs]:
+    """Give the settings of the lowest NE of each (student, method)."""
+    return {named: min(by_knobs, key=lambda knobs: by_knobs[knobs]) for named, by_knobs in tried.items()}
 
 
 def _tuning_job(named: tuple[str, str], knobs: Knobs, seed: int) -> Job:

@@ -19,7 +19,9 @@ _COLORS: Final = {
 
 def plot_lags(path: Path, record: Mapping[str, Any]) -> None:
     """Write a PNG: each method's change of NE against the teacher's lag, a panel per student."""
-    found = [c for c in record["comparisons"] if c["control"] is None and c["teacher_size"] == MIDDLE]
+    found = [
+        c for c in record["comparisons"] if (c["control"], c["teacher_size"], c["against"]) == (None, MIDDLE, "none")
+    ]
     lags = list(dict.fromkeys(c["lag_weeks"] for c in found))
     _panels(
         path,

@@ -134,7 +134,14 @@ def record() -> dict[str, Any]:
         "teachers": teachers, "posted": 10, "forwards": {MIDDLE: 10}, "rows": {"tune": 1, "report": 2},
         "slices": {"display": {"rows": 2, "seconds_without": 1.0, "seconds_with": 1.5}},
     }  # fmt: skip
-    return build_record(plan, found, {("small", "none"): Knobs()}, served, seconds={"total": 60.0}, machine="here")
+    return build_record(
+        plan,
+        found,
+        {("small", "none"): {Knobs(): 0.8}, **{("small", method): {Knobs(): 0.79} for method in METHODS[1:]}},
+        served,
+        seconds={"total": 60.0},
+        machine="here",
+    )
 
 
 def test_a_comparison_is_the_mean_over_paired_seeds_with_students_interval(record: dict[str, Any]) -> None:
@@ -168,11 +175,45 @@ def test_the_page_is_written_from_the_record_alone(record: dict[str, Any], tmp_p
     assert {path.name for path in tmp_path.glob("*.png")} == {"exfm-lag.png", "exfm-transfer.png"}
 
 
-def test_the_guide_names_the_best_method_at_each_lag_and_how_many_clearly_help(record: dict[str, Any]) -> None:
-    assert "| 0 weeks | single head: -2.00 (-4.48 to +0.48) | 0 of 5 |" in to_choice(record)
+def test_the_guide_has_each_method_at_each_lag(record: dict[str, Any]) -> None:
+    shown = "-2.00 (-4.48 to +0.48)"
+    assert "The small student:\n\n| method | 0 weeks | 2 weeks | frozen |" in to_choice(record)
+    assert f"| auxiliary head | {shown} | {shown} | {shown} |" in to_choice(record)
+
+
+def test_methods_are_compared_with_each_other_by_seed(record: dict[str, Any]) -> None:
+    found = [c for c in record["comparisons"] if c["against"] == "single"]
+    assert {c["method"] for c in found} == {"ah", "ah_scaled", "ah_sa", "single_sa"}
+    assert {(c["ne_delta"], c["low"], c["high"], c["control"]) for c in found} == {(0.0, 0.0, 0.0, None)}
 
 
 def test_the_kept_page_and_the_guide_say_what_the_kept_record_says() -> None:
     record = json.loads((RESULTS / "exfm.json").read_text())
     assert (RESULTS / "exfm.md").read_text() == to_page(record)
     assert rendered(GUIDE.read_text(), record) == GUIDE.read_text()
+
+
+def test_the_kept_result_shows_what_supervision_is_worth_and_what_a_leak_is() -> None:
+    record = json.loads((RESULTS / "exfm.json").read_text())
+    against_none = [c for c in record["comparisons"] if c["against"] == "none"]
+    chosen = min((one for one in record["tried"] if one["student"] == "small"), key=lambda one: one["ne"])["method"]
+
+    def change(method: str, control: str | None) -> dict[str, Any]:
+        wanted = (method, "small", 0, MIDDLE, control)
+        return next(
+            c for c in against_none
+            if (c["method"], c["student"], c["lag_weeks"], c["teacher_size"], c["control"]) == wanted
+        )  # fmt: skip
+
+    assert chosen != "none"
+    assert change(chosen, None)["high"] < 0
+    assert change(chosen, "shuffled")["low"] > 0
+    assert record["teachers"][PEEK]["coverage"] == 0
+    for method in ("single", "ah"):
+        assert change(method, PEEK)["ne_delta"] == pytest.approx(0, abs=1e-3)
+        assert change(method, "peek_unguarded")["high"] < change(method, None)["low"]
+    one = record["one_teacher"]
+    assert one["posted"] == one["forwards"][MIDDLE]
+    assert len(one["slices"]) == 4
+    assert {c["seeds"] for c in record["comparisons"]} == {5}
+    assert record["seconds"]["total"] < 90 * 60
