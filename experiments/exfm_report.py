@@ -5,13 +5,14 @@ A method helps where the 95 % interval of its NE, less that of the student witho
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from experiments.exfm_cells import Job, Tried, choose
-from experiments.exfm_plan import METHODS, MIDDLE, Plan
+from experiments.exfm_plan import FROZEN, METHODS, MIDDLE, Plan
 from experiments.exfm_plots import plot_lags, plot_transfer
 from vm_training.intervals import paired_interval, transfer_ratio
 
@@ -81,7 +82,7 @@ def _order(job: Job) -> tuple[Any, ...]:
         METHODS.index(cell.method),
         str(cell.control),
         str(cell.teacher_size),
-        str(cell.lag),
+        math.inf if cell.lag == FROZEN else cell.lag or 0,
         cell.seed,
     )
 
