@@ -68,6 +68,8 @@ def test_a_route_does_what_its_document_says(case: schemathesis.Case, url: str) 
     if case.query is not None:
         case.query.pop("follow", None)  # such an answer has no end
     response = case.call(base_url=url, headers=HEADERS)
+    if response.status_code == 431:  # a head of more than 64 KiB is refused before there is a route
+        return
 
     case.validate_response(response, excluded_checks=EXCLUDED, headers=HEADERS)
     if case.operation.path != READY:  # it says that there is neither a sink nor a worker
