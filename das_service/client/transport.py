@@ -103,14 +103,13 @@ def _connect(address: tuple[str, int], seconds: float | None, request: httpx.Req
     return connection
 
 
-def _exchange(
-    connection: HTTPConnection, request: httpx.Request, seconds: dict[str, float | None]
-) -> HTTPResponse:  # fmt: skip
-    """Send the request and give the answer's head. A refusal may come before the whole body is sent."""
+def _exchange(connection: HTTPConnection, request: httpx.Request, seconds: dict[str, float | None]) -> HTTPResponse:
+    """Send the request and give the answer's head. A refusal may come before the whole body is sent.
+
+    The body goes in pieces, since each may take as long as the caller waits for one.
+    """
     body = memoryview(b"".join(request.stream))  # type: ignore[arg-type] # of one piece: that piece
-    pieces = [
-        body[at : at + _PIECE_BYTES] for at in range(0, len(body), _PIECE_BYTES)
-    ]  # each may take as long as asked
+    pieces = [body[at : at + _PIECE_BYTES] for at in range(0, len(body), _PIECE_BYTES)]
     unsent: OSError | None = None
     try:
         connection.sock.settimeout(seconds.get("write"))
