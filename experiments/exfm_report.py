@@ -186,9 +186,9 @@ def to_page(record: Mapping[str, Any]) -> str:
         "were not tried, or with other rates than those that suit labels alone. What the teachers' own rates would be "
         "without a look at these weeks: they are the demo's, the same under all methods.\n",
         "## How it came about\n",
-        "Weeks 27-53 had been seen before these settings were tried. In a first run the single head and the adapters "
-        "had the plain learning rates, labels alone and the auxiliary head tuned ones; then the best rate was the "
-        "highest of the grid. The rule for the rates was changed for these two reasons, and all cells were trained "
+        "Weeks 27-53 had been seen before these settings were tried. In a first run labels alone and the "
+        "auxiliary head had tuned learning rates, all others the plain ones; then the best rate was the highest of the "
+        "grid. The rule for the rates was changed for these two reasons, and all cells were trained "
         "anew. In the first run everything but the auxiliary head looked worse by some thousandths. The run was "
         "interrupted: of the minutes above about 33 were read off a clock, with other work on the machine, and one of "
         "tuning is not counted.\n",
