@@ -106,6 +106,9 @@ class AuxiliaryHead(nn.Module):
 class StudentAdapter(nn.Module):
     """A tiny MLP per FM and task from its logit to one that fits the student's labels; trains itself.
 
+    Before its first step it gives back what it gets: a student that is trained already would have to unlearn what
+    random weights say. hidden: units of each layer, two or more.
+
     What a batch costs the adapter is learnt by `optimizer` (Adam, learning_rate; save its state beside the module's, or
     put another in its place) inside `step`, so the student's optimizer and loss know nothing of it; if these parameters
     are among the student's too, they have no gradient there and are left alone. With several ranks each has an adapter
@@ -114,7 +117,7 @@ class StudentAdapter(nn.Module):
     sampling_rates: as for `AuxiliaryHead`; the MLP gets the logit of the student's rows.
 
     Raises:
-        ValueError: There is no task, or a sampling rate is no share.
+        ValueError: There is no task, a sampling rate is no share, or a layer has one unit.
     """
 
     def __init__(
@@ -127,10 +130,7 @@ class StudentAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks, self.sampling_rates = _checked(tasks, sampling_rates)
-        # SiLU: eight rectified units of one input may all be dead where its logits lie
-        self.adapters = nn.ModuleDict(
-            {_key(*named): mlp(1, hidden, out=1, activation=nn.SiLU) for named in _pairs(tasks)}
-        )
+        self.adapters = nn.ModuleDict({_key(*named): _identity(hidden) for named in _pairs(tasks)})
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
 
     def step(
@@ -174,6 +174,28 @@ class StudentAdapter(nn.Module):
         logit_B = torch.where(said.present_B, said.logits[task].detach(), 0.0)  # a NaN would reach the weights
         sampled_B = to_sampled(logit_B, self.sampling_rates.get(task, 1.0))
         return self.adapters[_key(fm, task)](sampled_B[:, None]).squeeze(1)
+
+
+def _identity(hidden: Sequence[int]) -> nn.Sequential:
+    """Give an MLP of one input that gives it back: x = silu(x) - silu(-x), handed on by two units of each layer.
+
+    SiLU: rectified units of one input may all be dead where its logits lie. The other units start at random.
+
+    Raises:
+        ValueError: A layer has fewer than two units.
+    """
+    if min(hidden, default=2) < 2:
+        raise ValueError(f"an adapter's layers need two units or more, not {tuple(hidden)}")
+    layers = mlp(1, hidden, out=1, activation=nn.SiLU)
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for layer in linear:
+            pair = torch.tensor([[1.0], [-1.0]])
+            into = pair if layer.in_features == 1 else pair @ pair.T  # x of a pair is their difference
+            layer.weight[:2] = 0.0
+            layer.weight[:2, : into.shape[1]] = into[: layer.out_features]
+            layer.bias[:2] = 0.0
+    return layers
 
 
 def _checked(

@@ -203,6 +203,7 @@ class AugmentedDataset(IterableDataset[Batch]):
     def _iterate(self, streams: list[Stream]) -> Generator[Batch, None, None]:
         info = get_worker_info()
         slot = None if info is None else 1 + info.id % _SLOTS
+        self._share(slot)  # what a loaded state was trained on counts, also if nothing is left
         steps = prefetched(partial(self._iter_steps, tuple(streams)), size=self._prefetch)
         with closing(steps):
             for step in steps:
@@ -210,9 +211,13 @@ class AugmentedDataset(IterableDataset[Batch]):
                 if step.batch is None:
                     continue
                 self._last_us = max(self._last_us, step.last_us)
-                if slot is not None:
-                    self._shared[slot] = max(int(self._shared[slot]), step.last_us)
+                self._share(slot)
                 yield step.batch
+
+    def _share(self, slot: int | None) -> None:
+        """Tell the loader's process the latest event_time that this worker knows of."""
+        if slot is not None:
+            self._shared[slot] = max(int(self._shared[slot]), self._last_us)
 
     def _iter_steps(self, streams: Sequence[Stream], stopped: threading.Event) -> Iterator[_Step]:
         """Read one stream after the other; while following, round after round. Runs in the prefetching thread."""

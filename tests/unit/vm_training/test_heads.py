@@ -166,13 +166,39 @@ def test_an_adapter_steps_on_the_mean_over_rows_with_label_and_supervision(
 
     adapter.step(fms, label)
     for name, weight in adapter.named_parameters():
-        torch.testing.assert_close(weight, stepped[name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(weight, stepped[name], rtol=1e-6, atol=1e-8)
 
 
 def _adapter_loss(weights: dict[str, Tensor], logit: float, label: float) -> Tensor:
     hidden = nn.functional.silu(weights["0.weight"][:, 0] * logit + weights["0.bias"])
     z = (weights["2.weight"][0] * hidden).sum() + weights["2.bias"][0]
     return nn.functional.softplus(z) - label * z
+
+
+@given(supervision(), st.sampled_from([(), (2,), (8,), (4, 3)]))
+def test_an_adapter_gives_back_what_it_gets_until_it_has_learnt(
+    fms: dict[str, Supervision], hidden: tuple[int, ...]
+) -> None:
+    adapter = StudentAdapter(TASKS, hidden=hidden).double()
+    for fm, task in pairs():
+        said = fms[fm]
+        found = adapter(fms)[fm].logits[task]
+        assert torch.allclose(found, torch.where(said.present_B, said.logits[task], 0.0), atol=1e-12)
+
+
+def test_an_adapter_learns_with_all_its_units() -> None:
+    adapter = StudentAdapter(CLICK, hidden=(8,)).double()
+    before = [weight.clone() for weight in adapter.parameters()]
+    for _ in range(2):
+        adapter.step(one_fm(), {"click": torch.ones(ROWS)})
+    changed = [(weight != was).flatten(1).all(dim=1) if weight.dim() > 1 else weight != was
+               for weight, was in zip(adapter.parameters(), before, strict=True)]  # fmt: skip
+    assert all(bool(each.all()) for each in changed)
+
+
+def test_a_layer_of_one_unit_is_refused() -> None:
+    with pytest.raises(ValueError, match="two units"):
+        StudentAdapter(CLICK, hidden=(4, 1))
 
 
 @given(supervision(), labels())
