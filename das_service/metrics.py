@@ -81,6 +81,10 @@ class Metrics:
             "das_switch_gap_seconds", "The same time before the first publish of the snapshot at work.",
             ["dataset", "fm"], registry=registry,
         )  # fmt: skip
+        self.worker_snapshot = Gauge(
+            "das_worker_snapshot_info", "The snapshot that a worker scores with what it reads from now on.",
+            ["dataset", "fm", "snapshot"], registry=registry,
+        )  # fmt: skip
         self.unreadable_entries = Counter(
             "das_fm_unreadable_entries", "Entries that no worker can read; the sink keeps them in dead_chunks.",
             ["dataset", "fm"], registry=registry,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,6 @@ from das_service.up.supervisor import SupervisorError, running_service
 from experiments import students
 from experiments.data import complete_journey as journey
 from experiments.demo_report import (
-    metric_sum,
     peak_memory_bytes,
     per_week,
     print_students,
@@ -37,6 +35,7 @@ from experiments.demo_report import (
 )
 from experiments.plots import plot_students, plot_teacher
 from experiments.progress import Bars, Clock, empty_folder
+from experiments.scraping import metric_sum, scrape
 from experiments.serving import publish, wait_until_committed
 from experiments.streaming import Streamer, read_closed
 from experiments.teacher import AGAIN_RATE, TeacherTrainer, TrainedTeacher, iter_batches, iter_table
@@ -89,7 +88,7 @@ def run(*, folder: Path, num_weeks: int, rotate_weeks: int, console: Console) ->
             runs = _train_students(service.url, first, stream, bars)
             _keep_students(folder, runs)
         late_labels = int(client.status()["datasets"][DATASET]["late_labels"])
-        metrics = _keep_metrics(client, service.url, folder / "metrics")
+        metrics = _keep_metrics(client, folder / "metrics")
         memory = peak_memory_bytes([role["pid"] for role in service.roles() if role["pid"]])
     with clock.stage("recount"):
         counted = recount(folder / "service" / "tables", folder / "posted.parquet", dataset=DATASET, fm=FM)
@@ -224,17 +223,13 @@ def _keep_students(folder: Path, runs: dict[str, students.StudentRuns]) -> None:
     plot_students(folder / "students.png", {students.STUDENTS[name]: weekly_entropy(run) for name, run in runs.items()})
 
 
-def _keep_metrics(client: Client, url: str, folder: Path) -> str:
+def _keep_metrics(client: Client, folder: Path) -> str:
     """Write each role's /metrics down; give all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = []
-    for role in client.status()["roles"]:
-        probe = url if role["role"] == "api" else role.get("probe_url")
-        if probe:
-            text = httpx.get(f"{probe}/metrics", timeout=10).text
-            (folder / f"{role['role']}.txt").write_text(text)
-            texts.append(text)
-    return "\n".join(texts)
+    texts = scrape(client)
+    for role, text in texts:
+        (folder / f"{role}.txt").write_text(text)
+    return "\n".join(text for _, text in texts)
 
 
 def _weekly(looked: Looked) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from rich.table import Table
 from experiments.students import RUNS, StudentRuns
 from vm_training.metrics import auc, normalized_entropy
 
-_SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
-
 _STUDENTS_NOTE = """\
   One student of the products on display, one of those in the mailer; lower NE
   is better. Same first weights, rows and learning rates; each batch is trained
@@ -62,18 +60,6 @@ def recount(tables: Path, ledger: Path, *, dataset: str, fm: str) -> Recount:
 
 def _rows(table: Path, columns: list[str]) -> pa.Table:
     return ds.dataset(DeltaTable(table).file_uris(), format="parquet").to_table(columns=columns)
-
-
-def metric_sum(text: str, name: str, **labels: str) -> float:
-    """Give the sum of a metric's samples whose labels include these, from the text that Prometheus scrapes."""
-    total = 0.0
-    for line in text.splitlines():
-        match = _SAMPLE.match(line)
-        if match is not None and match["name"] == name:
-            found = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"] or ""))
-            if labels.items() <= found.items():
-                total += float(match["value"])
-    return total
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int:

@@ -3,7 +3,8 @@
 Teachers of three sizes and four lags score the stream of Complete Journey; two students, five seeds each, learn from
 what they said by every method of ExFM (arXiv 2502.17494), and from labels alone. Writes experiments/results/exfm.json,
 exfm.md and the plots; the last line is JSON. Methods are tuned on weeks 15-26, eight settings each, and reported on
-weeks 27-53, which chose nothing of them; the teachers' own rates are the demo's.
+weeks 27-53, which chose nothing of them; the teachers' own rates were chosen on weeks 15-26 too
+(`python -m experiments.tune_teacher`).
 
 What is done is kept in --folder: run again after an interruption, and it goes on. `--quick` runs a small part of it.
 """
@@ -11,13 +12,13 @@ What is done is kept in --folder: run again after an interruption, and it goes o
 import argparse
 import contextlib
 import json
+import os
 import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -27,11 +28,12 @@ from das_service.client import Client
 from das_service.up.supervisor import SupervisorError, running_service
 from experiments.data import complete_journey as journey
 from experiments.exfm_cells import Job, Tried, choose, keep, make_starts, processes, run_jobs, tune
-from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan
+from experiments.exfm_plan import FULL, METHODS, MIDDLE, PEEK, PEEK_UNGUARDED, QUICK, Cell, Knobs, Plan, fingerprint
 from experiments.exfm_report import GUIDE, build_record, render_guide, write_report
 from experiments.exfm_serving import DATASET, count_forwards, read_rows, stream, train_first
 from experiments.exfm_students import Trainer, build_first_rows, save_rows
 from experiments.progress import Bars, Clock, empty_folder
+from experiments.teacher import torch_settings
 from vm_training.metrics import auc, normalized_entropy
 
 SLICES: Final[dict[str, list[list[object]]]] = {
@@ -43,6 +45,7 @@ SLICES: Final[dict[str, list[list[object]]]] = {
 _MARK: Final = ".das-exfm"
 Found: TypeAlias = dict[Job, dict[str, Any]]
 _SERVED: Final = "served.json"
+_LOOKED_UP: Final = 1_000
 
 
 def run(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
@@ -83,13 +86,16 @@ def _train(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> tuple[Found, T
 
 
 def _keep_served(plan: Plan, folder: Path, served: dict[str, Any], clock: Clock) -> None:
-    keep(folder / _SERVED, json.dumps({"plan": repr(plan), "served": served, "seconds": clock.seconds}).encode())
+    keep(
+        folder / _SERVED,
+        json.dumps({"made_by": fingerprint(plan), "served": served, "seconds": clock.seconds}).encode(),
+    )
 
 
 def _is_served(plan: Plan, folder: Path) -> bool:
-    """Give whether the folder has what this very plan streamed: another one's rows are not its own."""
+    """Give whether the folder has what this very plan and code streamed: another one's rows are not its own."""
     kept = folder / _SERVED
-    return kept.exists() and json.loads(kept.read_text()).get("plan") == repr(plan)
+    return kept.exists() and json.loads(kept.read_text()).get("made_by") == fingerprint(plan)
 
 
 def _serve(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> dict[str, Any]:
@@ -109,7 +115,9 @@ def _serve(plan: Plan, folder: Path, clock: Clock, bars: Bars) -> dict[str, Any]
             read = _keep_rows(plan, files, folder, service.url)
         with clock.stage("slices"):
             slices = {name: _cost_of_supervision(service.url, SLICES[name]) for name in plan.slices}
-        forwards = count_forwards(_worker_metrics(client), [*plan.sizes, *plan.lag_fms(), PEEK, PEEK_UNGUARDED])
+        last_week = next(file.path for file in files if file.week == plan.report[-1])
+        read["teachers"][PEEK]["statuses"] = _statuses(client, PEEK, last_week)
+        forwards = count_forwards(client, [*plan.sizes, *plan.lag_fms(), PEEK, PEEK_UNGUARDED])
     return {"posted": posted, "forwards": forwards, **read, "slices": slices}
 
 
@@ -143,39 +151,49 @@ def _first_time(files: tuple[journey.WeekFile, ...], week: int) -> int:
     return int(pq.read_table(path, columns=["event_time"])["event_time"].cast(pa.int64())[0].as_py())
 
 
-def _cost_of_supervision(url: str, filters: list[list[object]]) -> dict[str, float]:
-    """Read and train a student of a slice twice with and twice without supervision; give rows and mean seconds."""
-    seconds, rows = {"none": 0.0, "ah": 0.0}, 0
+def _cost_of_supervision(url: str, filters: list[list[object]]) -> dict[str, Any]:
+    """Read a slice and train a student on it, twice with and twice without supervision; give rows and seconds."""
+    seconds: dict[str, dict[str, list[float]]] = {
+        method: {"read": [], "train": []} for method in ("none", "ah")
+    }  # fmt: skip
+    rows = 0
     for method in ("none", "ah", "ah", "none"):  # whatever gets slower or faster meanwhile does so for both
         fms = [MIDDLE] if method == "ah" else []
         start = time.perf_counter()
         found, _ = read_rows(url, fms, filters=filters)
-        trainer = Trainer(Cell(method=method, student="small", seed=0, fm="".join(fms)), Knobs())
-        trainer.add_method()
-        trainer.train(found)
-        seconds[method] += (time.perf_counter() - start) / 2
+        seconds[method]["read"].append(round(time.perf_counter() - start, 2))
+        start = time.perf_counter()
+        with torch_settings(seed=0, num_threads=1):
+            trainer = Trainer(Cell(method=method, student="small", seed=0, fm="".join(fms)), Knobs())
+            trainer.add_method()
+            trainer.train(found)
+        seconds[method]["train"].append(round(time.perf_counter() - start, 2))
         rows = len(found)
-    return {"rows": rows, "seconds_without": round(seconds["none"], 2), "seconds_with": round(seconds["ah"], 2)}
+    return {"rows": rows, "without": seconds["none"], "with": seconds["ah"]}
 
 
-def _worker_metrics(client: Client) -> str:
-    probes = [role["probe_url"] for role in client.status()["roles"] if role["role"] == "worker"]
-    return "\n".join(httpx.get(f"{probe}/metrics", timeout=10).text for probe in probes)
+def _statuses(client: Client, fm: str, path: Path) -> dict[str, int]:
+    """Give how many of the first rows of a week file have each status of an FM."""
+    ids = pq.read_table(path, columns=["example_id"])["example_id"].slice(0, _LOOKED_UP).to_pylist()
+    found = client.lookup(DATASET, ids, fms=[fm])[f"{fm}__status"]
+    return {one["values"]: one["counts"] for one in found.value_counts().to_pylist()}
 
 
 def _machine() -> str:
-    return f"{torch.get_num_threads()} cores, {platform.machine()}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; give the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.exfm", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few weeks, one teacher, one student, two seeds")
-    parser.add_argument("--folder", type=Path, default=Path("exfm-data"), help="where everything is kept on the way")
+    parser.add_argument(
+        "--folder", type=Path, help="where everything is kept on the way; default: exfm-data, or exfm-quick-data"
+    )
     parser.add_argument("--results", type=Path, help="default: experiments/results, with --quick the folder itself")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    folder = options.folder.absolute()
+    folder = (options.folder or Path("exfm-quick-data" if options.quick else "exfm-data")).absolute()
     results = options.results or (folder if options.quick else Path(__file__).parent / "results")
     try:
         record = run(QUICK if options.quick else FULL, folder, console)

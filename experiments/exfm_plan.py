@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from experiments.teacher import TeacherSize
@@ -29,6 +30,9 @@ TEACHERS: Final = {
 MIDDLE: Final = "middle"
 PEEK, PEEK_UNGUARDED = "peek", "peek_unguarded"
 STUDENTS: Final = ("small", "large")
+_CODE: Final = (
+    "exfm", "exfm_cells", "exfm_plan", "exfm_serving", "exfm_students", "streaming", "students", "teacher",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,20 @@ QUICK: Final = Plan(
 )  # fmt: skip
 
 
+def fingerprint(plan: Plan) -> str:
+    """Give a digest of the plan and of the code that what is kept comes from: the same run, or another one."""
+    root = Path(__file__).parents[1]
+    code = [
+        *(root / "experiments" / f"{name}.py" for name in _CODE),
+        *sorted((root / "experiments" / "data").glob("*.py")),
+        *sorted((root / "vm_training").rglob("*.py")),
+    ]
+    digest = hashlib.sha256(repr(plan).encode())
+    for path in code:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def fm_name(size: str, lag: Lag) -> str:
     """Give the name of a teacher in the service."""
     return size if lag == 0 else f"{size}_{FROZEN}" if lag == FROZEN else f"{size}_lag{lag}"
@@ -144,7 +162,7 @@ def fm_name(size: str, lag: Lag) -> str:
 
 def rates(count: int) -> tuple[Knobs, ...]:
     """Give the learning rates that are tried on labels alone; the first are the plain ones."""
-    grid = ((0.1, 1e-2), (0.2, 1e-2), (0.4, 1e-2), (0.1, 3e-3), (0.2, 3e-3), (0.4, 3e-3), (0.1, 1e-3), (0.2, 1e-3))
+    grid = ((0.1, 1e-2), (0.2, 1e-2), (0.4, 1e-2), (0.1, 3e-3), (0.2, 3e-3), (0.4, 3e-3), (0.1, 3e-2), (0.2, 3e-2))
     return tuple(Knobs(table_rate=table, layer_rate=layer) for table, layer in grid)[:count]
 
 
@@ -156,7 +174,7 @@ def trials(method: str, base: Knobs, count: int) -> tuple[Knobs, ...]:
     weights = [{"weight": weight} for weight in (1.0, 0.3, 0.1, 0.03, 3.0, 10.0, 2.0, 0.2)]
     pairs = ((1, 1), (0.3, 0.3), (1, 0.3), (0.3, 1), (3, 1), (1, 3), (3, 3), (0.1, 1))
     scalings = (
-        (1, 1, 1), (1, 1, 3), (1, 2, 1), (3, 1, 1), (0.3, 1, 1), (1, 2, 3), (1, 0.5, 1), (10, 5, 20),
+        (1, 1, 1), (1, 1, 3), (1, 1, 0.3), (1, 2, 1), (1, 0.5, 1), (1, 2, 3), (1, 3, 0.3), (10, 5, 20),
     )  # fmt: skip
     grid = {
         "single": weights,

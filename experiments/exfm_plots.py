@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.exfm_plan import METHODS, MIDDLE, TEACHERS
+from experiments.exfm_words import NAMES
 from experiments.plots import STYLE
 
 _COLORS: Final = {
@@ -90,4 +91,6 @@ def _draw(axes: Axes, found: list[Mapping[str, Any]], *, places: Mapping[Any, in
         x = np.array([places[c[of]] for c in points]) + 0.08 * (number - 2)
         y = np.array([c[value] for c in points])
         bars = np.abs(np.array([[c["low"] for c in points], [c["high"] for c in points]]) - y)
-        axes.errorbar(x, y, yerr=bars, fmt="o-", color=_COLORS[method], markersize=4, linewidth=1.2, label=method)
+        axes.errorbar(
+            x, y, yerr=bars, fmt="o-", color=_COLORS[method], markersize=4, linewidth=1.2, label=NAMES[method]
+        )

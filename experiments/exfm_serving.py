@@ -14,10 +14,10 @@ import numpy as np
 
 from das_service.client import Client
 from experiments.data import complete_journey as journey
-from experiments.demo_report import metric_sum
 from experiments.exfm_plan import MIDDLE, PEEK, PEEK_UNGUARDED, TEACHERS, Plan
 from experiments.exfm_students import TASK, Rows
 from experiments.progress import Bars
+from experiments.scraping import metric_sum, scrape_workers
 from experiments.serving import publish, wait_until_committed
 from experiments.streaming import Streamer, read_closed
 from experiments.students import IDS, build_indices
@@ -153,6 +153,7 @@ def read_rows(url: str, fms: Sequence[str], *, filters: list[list[object]]) -> t
     return rows, columns["time"]
 
 
-def count_forwards(metrics: str, fms: Sequence[str]) -> dict[str, int]:
-    """Give how many rows each FM went over, from the text of the worker's metrics."""
+def count_forwards(client: Client, fms: Sequence[str]) -> dict[str, int]:
+    """Give how many rows each FM went over, as the workers count them."""
+    metrics = "\n".join(scrape_workers(client))
     return {fm: int(metric_sum(metrics, "das_fm_forward_rows_total", dataset=DATASET, fm=fm)) for fm in fms}

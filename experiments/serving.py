@@ -10,6 +10,7 @@ from das_service.settings import load_settings
 from das_service.snapshot_publish import publish_snapshot
 from das_service.up.supervisor import SupervisorError
 from experiments.progress import Bars
+from experiments.scraping import metric_sum, scrape_workers
 from experiments.streaming import Streamer
 from experiments.teacher import TrainedTeacher, build_signature
 from fm_inference import export_snapshot
@@ -18,13 +19,27 @@ _WAIT_SECONDS: Final = 600.0
 
 
 def publish(client: Client, folder: Path, dataset: str, teacher: TrainedTeacher, *, fm: str, snapshot_id: str) -> None:
-    """Export a snapshot under the folder whose `service` runs, and let it score from now on."""
+    """Export a snapshot under the folder whose `service` runs; what is posted from here on, it scores.
+
+    Raises:
+        SupervisorError: No worker took it up in time.
+    """
     export = folder / "export" / fm / snapshot_id
     export.parent.mkdir(parents=True, exist_ok=True)
     signature = build_signature(fm=fm, snapshot_id=snapshot_id)
     export_snapshot(teacher.module, signature, export, trained_through=teacher.trained_through)
     settings = load_settings({}, snapshots_uri=str(folder / "service" / "snapshots"))
     publish_snapshot(client, settings, dataset, export, activate=True)
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not _is_at_work(client, dataset=dataset, fm=fm, snapshot=snapshot_id):
+        if time.monotonic() > deadline:
+            raise SupervisorError(f"snapshot {snapshot_id} of {fm} is active, and not every worker scores with it")
+        time.sleep(0.1)
+
+
+def _is_at_work(client: Client, **labels: str) -> bool:
+    workers = scrape_workers(client)
+    return bool(workers) and all(metric_sum(text, "das_worker_snapshot_info", **labels) for text in workers)
 
 
 def wait_until_committed(

@@ -10,7 +10,8 @@ through the teacher alone, and what it gained would be those labels, not the tea
 weeks of the stream, once, as training batches of the service, in the order in which rows became ready: without
 supervision, with it (plain distillation, weight 1), and with the teacher's word shuffled over the rows of each batch.
 The three begin with the same weights and optimizer state, and read the same batches at the same rates. A batch is
-predicted before it is trained on; metrics are of these predictions, and of the labels as they were closed.
+predicted before it is trained on; metrics are of these predictions, and of the labels as they were closed. An earlier
+version read no training batches (`AugmentedDataset`) but sent its tables to `augment`: both give the same supervision.
 
 The rates were tuned without supervision, on weeks 14-26 of a student of weeks 1-13, by `experiments.tune_students`; no
 week that is reported chose anything. Shapes: B rows, F hashed ids and crosses, W width of an embedding.

@@ -233,9 +233,12 @@ class Worker:
             log.warning("%s: %s", lane.name, self._failures[key][1])
             return
         self._failures.pop(key, None)
+        at_work = self._context.metrics.worker_snapshot
         if lane.loaded is not None and lane.loaded.publisher.snapshot_id != record.active:
             lane.former = lane.loaded
+            at_work.remove(*key, lane.former.publisher.snapshot_id)
         lane.loaded = Loaded(engine=engine, publisher=wanted, spec=catalog.spec(dataset))
+        at_work.labels(*key, record.active).set(1)
         log.info("%s: snapshot %s is at work on %s", lane.name, record.active, engine.device)
 
     def _load_shadow(self, catalog: Catalog, dataset: str, record: FmRecord) -> None:

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 
+from experiments.exfm_plan import MIDDLE, QUICK
 from tests.conftest import ROOT
 
 
@@ -34,8 +38,22 @@ def test_the_teacher_goes_over_each_impression_once_whoever_reads_it(record: dic
     assert all(found["rows"] > 1_000 for found in one["slices"].values())
 
 
+def test_a_teacher_that_lags_scored_with_the_snapshot_of_so_many_weeks_before(
+    record: dict[str, Any], folder: Path
+) -> None:
+    tables = folder / "service" / "tables" / "complete_journey" / "supervision"
+    for fm, lag in {MIDDLE: 0, **QUICK.lag_fms()}.items():
+        said = DeltaTable(str(tables / fm)).to_pyarrow_table(columns=["example_id", "snapshot_id"])
+        for boundary in [each for each in QUICK.boundaries() if each >= QUICK.tune[-1]]:
+            week = QUICK.part_after(boundary)[-1]
+            ids = pq.read_table(folder / "weeks" / f"week_{week:02}.parquet", columns=["example_id"])["example_id"]
+            found = said.filter(pc.is_in(said["example_id"], ids.combine_chunks()))
+            assert found.num_rows == len(ids)
+            assert found["snapshot_id"].unique().to_pylist() == [f"weeks-1-{QUICK.source(lag, boundary)}"]
+
+
 def test_the_service_hands_out_nothing_of_a_teacher_that_saw_the_rows(record: dict[str, Any]) -> None:
-    assert record["teachers"]["peek"] == {"coverage": 0.0}
+    assert record["teachers"]["peek"] == {"coverage": 0.0, "statuses": {"leaky": 1_000}}
     assert record["teachers"]["peek_unguarded"]["coverage"] == 1.0
     assert record["teachers"]["peek_unguarded"]["ne"] < record["teachers"]["middle"]["ne"] - 0.01
 

@@ -1,11 +1,13 @@
 """Snapshots are switched while examples stream in: none is lost, none is scored twice, and the pause is measured."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
@@ -64,6 +66,19 @@ def at_work(api: Api, role: str = "snapshot") -> Any:
     peers = api.http.app_state["service"].monitor.findings.peers.values()
     lanes = [peer.info["lanes"] for peer in peers if peer.role == "worker" and peer.info.get("lanes")]
     return lanes[0]["ads/f"][role] if lanes else None
+
+
+def all_at_work(api: Api) -> list[str]:
+    """The snapshot of each worker that lives."""
+    peers = api.http.app_state["service"].monitor.findings.peers.values()
+    return [p.info["lanes"]["ads/f"]["snapshot"] for p in peers if p.role == "worker" and p.info.get("lanes")]
+
+
+def all_scraped(api: Api) -> list[list[str]]:
+    """What each worker that lives tells Prometheus to have at work."""
+    peers = api.http.app_state["service"].monitor.findings.peers.values()
+    texts = [httpx.get(f"{p.info['probe_url']}/metrics").text for p in peers if p.role == "worker"]
+    return [re.findall(r'das_worker_snapshot_info{dataset="ads",fm="f",snapshot="(\w+)"} 1.0', text) for text in texts]
 
 
 def supervision(api: Api) -> pa.Table:
@@ -138,3 +153,35 @@ def test_a_stored_shadow_is_served_by_no_join_also_after_it_became_the_active_on
     assert {row["f__snapshot_id"] for row in answer.json()["rows"]} == {"s1"}
     assert {row["f__snapshot_id"] for row in api.lookup([f"e{i}" for i in range(400)])} == {"s1"}
     assert fm_status(api)["scored"] == 400
+
+
+@pytest.mark.parametrize("own_server", ["valkey"], indirect=True)
+def test_two_workers_switch_together(api: Api, settings: Settings, tmp_path: Path) -> None:
+    """Once both say that they have it, nothing comes from another snapshot any more; and none is lost or doubled."""
+    (tmp_path / "second").mkdir()
+    with contextlib.closing(Roles(settings, tmp_path / "second")) as roles:
+        roles.start("worker")
+        wait_for(lambda: all_at_work(api) == ["s1", "s1"])
+        posted: list[str] = []
+        for name in ("s2", "s1"):
+            post_some(api, posted)
+            assert activate(api, name) == 200
+            post_some(api, posted)
+            wait_for(lambda wanted=name: all_at_work(api) == [wanted] * 2)
+            assert all_scraped(api) == [[name]] * 2
+            after = set(post_some(api, posted))
+            wait_for(lambda: (fm_status(api)["scored"], fm_status(api)["pending"]) == (len(posted), 0))
+            wait_for(lambda: supervision(api).num_rows == len(posted))
+            rows = supervision(api).to_pylist()
+            assert {row["snapshot_id"] for row in rows if row["example_id"] in after} == {name}
+        assert sorted(row["example_id"] for row in rows) == sorted(posted)
+
+
+def post_some(api: Api, posted: list[str]) -> list[str]:
+    """Post some chunks more; give their ids."""
+    first = len(posted)
+    for _ in range(20):
+        rows = examples_table(len(posted), CHUNK)
+        assert api.post(rows).status_code == 202
+        posted += rows["example_id"].to_pylist()
+    return posted[first:]

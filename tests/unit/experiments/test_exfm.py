@@ -12,6 +12,7 @@ from experiments.exfm_cells import Job
 from experiments.exfm_plan import FROZEN, FULL, METHODS, MIDDLE, PEEK, QUICK, Cell, Knobs, Plan, rates, trials
 from experiments.exfm_report import GUIDE, build_record, rendered, to_choice, to_page, write_report
 from experiments.exfm_students import Rows, Trainer, load_rows, save_rows
+from experiments.exfm_words import findings, values
 from experiments.teacher import torch_settings
 from tests.conftest import ROOT
 
@@ -130,9 +131,12 @@ def record() -> dict[str, Any]:
         metrics = {**asdict(cell), "teacher_size": cell.teacher_size, "ne": ne, "auc": 0.7, "calibration": 1.0}
         found[Job(cell=cell, knobs=Knobs(), phase="report")] = metrics
     teachers = {fm: {"coverage": 1.0, "ne": 0.7, "auc": 0.8} for fm in ("middle", "middle_lag2", "middle_frozen", PEEK)}
+    teachers[PEEK]["statuses"] = {"leaky": 3}
     served = {
         "teachers": teachers, "posted": 10, "forwards": {MIDDLE: 10}, "rows": {"tune": 1, "report": 2},
-        "slices": {"display": {"rows": 2, "seconds_without": 1.0, "seconds_with": 1.5}},
+        "slices": {
+            "display": {"rows": 2, **{run: {"read": [1.0, 1.5], "train": [2.0, 2.5]} for run in ("without", "with")}},
+        },
     }  # fmt: skip
     return build_record(
         plan,
@@ -212,8 +216,35 @@ def test_the_kept_result_shows_what_supervision_is_worth_and_what_a_leak_is() ->
     for method in ("single", "ah"):
         assert change(method, PEEK)["ne_delta"] == pytest.approx(0, abs=1e-3)
         assert change(method, "peek_unguarded")["high"] < change(method, None)["low"]
+    for student in ("small", "large"):  # what docs/training.md says in its own words
+        told = list(findings(record, student))[:4]
+        assert all("auxiliary head" in sentence.split(" is best")[0] for sentence in told)
+        single, auxiliary = (values(record, student, "frozen", method, "calibration") for method in ("single", "ah"))
+        assert max(single.values()) < 0.96
+        assert min(auxiliary.values()) > 0.99
+    leaky, honest = (values(record, "small", 0, "single", "auc", control=c) for c in ("peek_unguarded", None))
+    assert min(leaky.values()) > max(honest.values()) + 0.004
+    assert record["teachers"][PEEK]["statuses"] == {"leaky": 1_000}
     one = record["one_teacher"]
     assert one["posted"] == one["forwards"][MIDDLE]
     assert len(one["slices"]) == 4
     assert {c["seeds"] for c in record["comparisons"]} == {5}
     assert record["seconds"]["total"] < 90 * 60
+
+
+def test_findings_are_those_of_the_cells(record: dict[str, Any]) -> None:
+    """All methods are 1, 2 and 3 thousandths better than labels alone, by seed: none is better than another."""
+    told = list(findings(record, "small"))
+    assert told[0].startswith("With a fresh teacher: single head is best, -2.00 (-4.48 to +0.48); not clearly better")
+    assert "labels alone and auxiliary head and auxiliary head, three scalings" in told[0]
+    assert told[-1].startswith("The scalings of the auxiliary head: +0.00 (+0.00 to +0.00), it can't be told")
+    worse = [
+        {**cell, "ne": cell["ne"] + (0.05 if cell["method"] == "ah_sa" else 0.0)} for cell in record["cells"]
+    ]  # fmt: skip
+    told = list(findings({**record, "cells": worse}, "small"))
+    assert (
+        "The adapter beside the auxiliary head: +50.00 (+50.00 to +50.00), it hurts, with a fresh teacher" in told[-2]
+    )
+    assert "labels alone are best" in next(
+        findings({**record, "cells": [{**c, "ne": 0.9 if c["method"] != "none" else 0.8} for c in worse]}, "small")
+    )
