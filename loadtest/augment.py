@@ -1,23 +1,26 @@
 """Augment: a caller's rows joined with as many rows of supervision, by reference and over HTTP.
 
 By reference is measured at its Arrow output, in a process that joins and does nothing else, and the floor in another
-(`loadtest.join`), in turn; each has joined once before. Beside it: for callers whose rows are in random order, and with
-the Parquet file written (`Client.augment_files`, which starts a process). Over HTTP: `Client.augment` against a real
-API, from a table in memory to a table in memory, embeddings as encoded. `python -m loadtest.augment` prints the lines;
-`--num-rows 20000000` shows that memory does not grow with the rows.
+(`loadtest.join`), in turn; each has joined once before. Beside it: for callers whose rows are in random order, and
+once with the Parquet file written (`Client.augment_files`, which starts a process; its peak is told). Over HTTP:
+`Client.augment` against a real API, from a table in memory to a table in memory, embeddings as encoded. `python -m
+loadtest.augment` prints the lines; `--num-rows 20000000` shows that memory does not grow with the rows.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -90,7 +93,7 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
         with Joiner("floor", service) as floor:
             lines = {"augment": _by_reference(service, floor, files, num_rows, rounds)}
             join = partial(_over_http, service.url)
-            measured, _ = _in_turn(join, floor, files.in_time_order, num_rows, max(1, rounds // 2))
+            measured, _ = _in_turn(join, floor, files.in_time_order, num_rows, rounds)
         lines["augment_http"] = to_line(measured, rows=num_rows, peak_mb=_peak_mb(service))
     return lines
 
@@ -106,16 +109,28 @@ def _by_reference(service: RunningService, floor: Joiner, files: CallerFiles, nu
         peak_mb=peak_mb,
         random_order={**to_line(random), "peak_mb": random_peak_mb},
         to_parquet_rows_per_s=round(num_rows / written["seconds"]),
+        to_parquet_peak_mb=written["peak_mb"],
     )
 
 
 def _to_parquet(service: RunningService, caller: Path) -> Record:
-    """Give what `das augment` takes, to a file on the same disk."""
+    """Give what `das augment` takes, to a file on the same disk, and the peak of its memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(augment_to_file, service.url, service.folder.root, caller).result()
+
+
+def augment_to_file(url: str, folder: Path, caller: Path) -> Record:
+    """Give what Client.augment_files says, and `peak_mb` of the process that it starts.
+
+    For a small process that starts nothing else: the kernel keeps one peak for all children, and a child's begins with
+    what its parent holds.
+    """
     target = caller.with_name("augmented.parquet")
-    with Client(service.url) as client:
-        answer = client.augment_files(DATASET, caller, target, fms=[FM], folder=service.folder.root)
+    with Client(url) as client:
+        answer = client.augment_files(DATASET, caller, target, fms=[FM], folder=folder)
     target.unlink()
-    return answer
+    peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {**answer, "peak_mb": round(peak_bytes / 1e6)}
 
 
 def _over_http(url: str, caller: Path) -> Record:

@@ -73,7 +73,7 @@ FULL = Sizes(
     ingest=Size(14, 6),  # stays below the size at which the server would rewrite its log in the middle
     stream_chunks=220,
     lookup_rounds=100,
-    worker=Size(4, 3),
+    worker=Size(6, 5),
     worker_free=Size(24, 3),
     sink=Size(40, 4),
     augment_rows=5_000_000,
@@ -137,7 +137,7 @@ def measure_augment(folder: Path, sizes: Sizes) -> Record:
 
 
 def measure_batches(folder: Path, sizes: Sizes) -> Record:
-    """Give the line of training batches."""
+    """Give the lines of training batches, to Arrow and over HTTP."""
     folder.mkdir(exist_ok=True)
     return _in_own_process("batches", folder, num_rows=sizes.batches_rows, rounds=sizes.batches_rounds)
 

@@ -17,7 +17,11 @@ class Round:
 
 
 def to_line(rounds: Sequence[Round], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-    """Give the line: median rates, their ratio, and from which to which quartile the rounds spread."""
+    """Give the line: median rates, their ratio, and from which to which quartile the rounds spread.
+
+    `ratio` is that of the two medians; its quartiles are of each round's own ratio. The medians may come from different
+    rounds, so that the ratio may lie outside its quartiles.
+    """
     rates = [r.num_rows / r.seconds for r in rounds]
     floors = [r.num_rows / r.floor_seconds for r in rounds]
     ratios = [r.floor_seconds / r.seconds for r in rounds]

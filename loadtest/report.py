@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "loadtest" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+_RATIO = "ratio: of the medians of all rounds. quartiles: of each round's own ratio, so that the ratio may lie outside."
 _WHAT = {
     "ingest": (
         "ingest over HTTP, {chunk_rows:,}-row Arrow chunks, answered after the fsync",
@@ -43,10 +44,11 @@ _WHAT = {
     ),
     "augment_http": ("augment over HTTP, the same rows, peak of the API {peak_mb:,} MB", "likewise"),
     "batches": (
-        "training batches over HTTP, {rows:,} closed rows with features, labels and supervision, in ready order, peak "
-        "of the API {peak_mb:,} MB",
+        "training batches to Arrow, {rows:,} closed rows with features, labels and supervision, in ready order, peak "
+        "{peak_mb:,} MB",
         "the join of the three tables as one unordered DuckDB statement",
     ),
+    "batches_http": ("training batches over HTTP, the same rows, peak of the API {peak_mb:,} MB", "likewise"),
     "loader": (
         "the loader, the same rows to tensors in batches of {batch_rows:,}, peak of the trainer {peak_mb:,} MB",
         "the joined rows from Parquet with pyarrow, to the same tensors",
@@ -85,7 +87,7 @@ def filesystem(folder: Path) -> str:
 
 def print_table(console: Console, record: Mapping[str, Any]) -> None:
     """Print the record so that a person sees which stage is how far from its floor."""
-    table = Table(title="Measured", box=box.SIMPLE_HEAVY, title_justify="left")
+    table = Table(title="Measured", box=box.SIMPLE_HEAVY, title_justify="left", caption=_RATIO, caption_justify="left")
     table.add_column("stage", max_width=60)
     for name in ("rows/s", "floor", "ratio", "quartiles"):
         table.add_column(name, justify="right")
@@ -114,16 +116,12 @@ def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
         )
     if "augment" in record:
         random = record["augment"]["random_order"]
+        peak_mb = record["augment"].get("to_parquet_peak_mb")  # older results lack it
+        peak = "" if peak_mb is None else f", peak {peak_mb:,} MB"
         yield (
             f"By reference, rows in random order: {random['rows_per_s']:,} rows/s, {random['ratio']:.2f} of the "
             f"floor. In the order of time with the Parquet file written: "
-            f"{record['augment']['to_parquet_rows_per_s']:,} rows/s."
-        )
-    if "batches" in record:
-        direct = record["batches"]["to_arrow"]
-        yield (
-            f"Training batches up to Arrow, without HTTP and a client: {direct['rows_per_s']:,} rows/s, "
-            f"{direct['ratio']:.2f} of the floor, peak {direct['peak_mb']:,} MB."
+            f"{record['augment']['to_parquet_rows_per_s']:,} rows/s{peak}."
         )
 
 
@@ -152,9 +150,9 @@ def write_result(record: Mapping[str, Any], name: str) -> Path:
 
 
 def newest_result() -> dict[str, Any]:
-    """Give the result that was finished last."""
+    """Give the result of the whole bench that was finished last."""
     results = [dict(json.loads(path.read_text())) for path in RESULTS.glob("*.json")]
-    return max(results, key=lambda record: str(record["finished_at"]))
+    return max(results, key=lambda record: str(record.get("finished_at", "")))
 
 
 def rendered(readme: str, record: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def iter_supervision(num_rows: int) -> Iterator[pa.Table]:
     for first in range(0, num_rows, COMMIT_ROWS):
         count = min(COMMIT_ROWS, num_rows - first)
         ids = _fixed_width(pa.string(), binascii.hexlify(random.bytes(16 * count)), 32)
-        event_us = START_US + np.arange(first, first + count) * (NUM_DAYS * _DAY_US) // num_rows
+        event_us = START_US + np.arange(first, first + count) * (NUM_DAYS * _DAY_US // num_rows)
         event_time = _times(event_us)
         columns = {
             "example_id": ids,
