@@ -13,12 +13,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from das_service.door.auth import load_tokens
 from das_service.door.http_protocol import BoundedHttp
 from das_service.door.openapi import install_openapi
 from das_service.door.problems import RequestWatch, install_problems
+from das_service.door.query import refuse_unknown_parameters
 from das_service.freed_memory import keep_freed_memory
 from das_service.metrics import Metrics, package_version
 from das_service.routes import augment, batches, datasets, examples, fms, health, labels, status, supervision
@@ -79,8 +80,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.stopping = stopping
     install_problems(app)
     app.add_middleware(RequestWatch, metrics=metrics)
-    for routes in (datasets, examples, labels, supervision, augment, batches, fms, status, health):
-        app.include_router(routes.router)
+    for routes in (datasets, examples, labels, supervision, augment, batches, fms, status):
+        app.include_router(routes.router, dependencies=[Depends(refuse_unknown_parameters)])
+    app.include_router(health.router)
     install_openapi(app, _BODIES)
     return app
 

@@ -1,9 +1,7 @@
 """Where a worker gets snapshots from: the folder of a registered snapshot, on this machine and checked."""
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 import threading
@@ -16,11 +14,11 @@ from pyarrow import fs
 
 from das_service.folder import Folder, local_path
 from das_service.registry import SnapshotRecord
+from das_service.scratch_folder import ScratchFolder
 from das_service.snapshot_folder import SnapshotError, check_files, read_manifest
 from fm_inference.engine import TorchEngine, load_engine
 
 _PREFIX = "das-snapshots-"
-_LOCK = ".lock"
 _MOST_IDLE = 4
 
 
@@ -34,7 +32,7 @@ class Repository:
         self._snapshots = snapshots
         self._most_idle = most_idle
         self._lock = threading.Lock()
-        self._cache: _Cache | None = None
+        self._cache: ScratchFolder | None = None
         self._copies: list[str] = []  # the one used last stands last
         self._borrowed: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()
@@ -84,7 +82,7 @@ class Repository:
     def close(self) -> None:
         """Remove what was fetched."""
         if self._cache is not None:
-            self._cache.remove()
+            self._cache.close()
 
     def _refuse_missing(self, here: Path) -> None:
         if here.is_dir():
@@ -97,7 +95,7 @@ class Repository:
     def _fetched(self, record: SnapshotRecord, name: str) -> Path:
         with self._lock:
             if self._cache is None:
-                self._cache = _Cache()
+                self._cache = ScratchFolder(_PREFIX)
             target = self._cache.path / name
             is_there = name in self._copies
         if not is_there:
@@ -130,34 +128,6 @@ class Repository:
             for copy in gone:
                 if self._cache is not None:
                     shutil.rmtree(self._cache.path / copy, ignore_errors=True)
-
-
-class _Cache:
-    """A folder of this process's own. One whose process was killed is removed by the next process that makes one."""
-
-    def __init__(self) -> None:
-        for former in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            _remove_if_abandoned(former)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        fresh = self.path / f"{_LOCK}.new"
-        self._descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        fresh.rename(self.path / _LOCK)  # whoever finds it finds it locked
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._descriptor)
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # another user's, not ready yet, or locked: it is at work
-        descriptor = os.open(folder / _LOCK, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 def _copy_name(record: SnapshotRecord) -> str:

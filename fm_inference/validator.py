@@ -6,7 +6,6 @@ Only what is wrong with a snapshot itself rejects it. Where the store, the disk 
 
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from das_service.registry import (
     fm_field,
     snapshot_field,
 )
+from das_service.scratch_folder import ScratchFolder
 from das_service.snapshot_folder import SnapshotError, read_manifest
 from fm_inference.labelled_slice import Slice, write_slice
 from fm_inference.repository import Repository
@@ -167,8 +167,8 @@ class Validator:
             return [], None
         if active_id is None:
             return [], GateReport(note="there is no active snapshot to compare with")
-        with tempfile.TemporaryDirectory(prefix="das-slice-") as scratch:
-            path = Path(scratch) / "slice.arrow"
+        with contextlib.closing(ScratchFolder("das-slice-")) as scratch:
+            path = scratch.path / "slice.arrow"
             found = write_slice(
                 self._tables, dataset, catalog.spec(dataset), path,
                 since=manifest.trained_through, most_rows=gates.slice_rows,

@@ -179,7 +179,10 @@ def day_of(microseconds: int, granularity: str) -> dt.date:
 
 
 def judge_row(fm: Fm, spec: DatasetSpec, row: tuple[str, int], gap_seconds: float | None) -> tuple[str, Said | None]:
-    """Give a row's status and the supervision that it is handed: contract 5, line by line, without an online store."""
+    """Give a row's status and the supervision that it is handed, without an online store.
+
+    As contract 5 has it, save that a dead letter counts only where nothing was said: what a backfill says goes first.
+    """
     example = (row[0], day_of(row[1], spec.table_granularity))
 
     def is_it(other: Said | Failed) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 
 import redis
 
@@ -13,23 +14,61 @@ from das_service.folder import Folder
 from das_service.logs.records import Mark, dead_log, read_mark, ready_name, scored_log, table_of_log
 from das_service.logs.streams import LogCounters, read_counters
 from das_service.registry import Catalog
+from das_service.tables.duck import Duck, source_of
+from das_service.tables.offline_store import TableReader, table_place
 from schemas.entries import Position
 from schemas.tables import CLOSED
 
+_ALL = (1 << 63) - 1  # positions: the time decides
+
 
 def start_cursor(
-    folder: Folder, catalog: Catalog, dataset: str, query: BatchQuery, *, chain: Sequence[Shard] = ()
+    folder: Folder, catalog: Catalog, dataset: str, query: BatchQuery, *, duck: Duck, chain: Sequence[Shard] = ()
 ) -> Cursor:
-    """Give the cursor before all rows that are closed now; event_time and as_of are looked at as rows are read."""
+    """Give the cursor before all rows that are closed now, or were at as_of; that cursor is the same whenever asked.
+
+    event_time is looked at as rows are read.
+
+    Raises:
+        OverloadedError: No permit for DuckDB came free.
+    """
     partitions = catalog.spec(dataset).partitions
     end = closed_ends(folder, dataset, partitions)  # read first: what closed rows waited for is in what is read next
-    return Cursor(
-        dataset=dataset,
-        query=query,
-        fms=_fm_bounds(folder, catalog, dataset, query.fms),
-        low=(0,) * partitions,
-        end=end,
-        chain=tuple(chain),
+    if query.as_of_us is None:
+        fms = _fm_bounds(folder, catalog, dataset, query.fms)
+    else:
+        end = _ends_at(folder, dataset, end, query.as_of_us, duck)
+        fms = {fm: _bounds_at(catalog, dataset, fm, query.as_of_us) for fm in query.fms}
+    return Cursor(dataset=dataset, query=query, fms=fms, low=(0,) * partitions, end=end, chain=tuple(chain))
+
+
+def _ends_at(folder: Folder, dataset: str, end: tuple[int, ...], as_of_us: int, duck: Duck) -> tuple[int, ...]:
+    """Give per partition the ready_seq after the last row that was closed by then: closed_at never goes back."""
+    reader = TableReader(table_place(folder, dataset, CLOSED))
+    reader.refresh()
+    found = [0] * len(end)
+    files = [file for each in reader.days.values() for file in each]
+    with duck.room_for("as_of"), duck.cursor() as cursor:
+        source = source_of(cursor, "closed", reader.rows_of(files))
+        if source is not None:
+            query = (
+                f"SELECT _partition, max(ready_seq) + 1 FROM {source} "  # noqa: S608 - a name of ours
+                f"WHERE epoch_us(closed_at) <= {as_of_us} GROUP BY _partition"
+            )
+            for partition, after in cursor.sql(query).fetchall():
+                found[partition] = min(after, end[partition])
+    return tuple(found)
+
+
+def _bounds_at(catalog: Catalog, dataset: str, fm: str, as_of_us: int) -> FmBounds:
+    """Give bounds for what was available at a time, which each row of the FM's tables says itself."""
+    partitions = catalog.spec(dataset).partitions
+    at = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=as_of_us)
+    known = [catalog.snapshot(dataset, fm, name).registered_at <= at for name in catalog.fm(dataset, fm).snapshots]
+    return FmBounds(
+        snapshots=known.index(False) if False in known else len(known),
+        supervision=(_ALL,) * partitions,
+        dead_letters=(_ALL,) * partitions,
     )
 
 

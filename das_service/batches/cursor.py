@@ -61,6 +61,11 @@ class Cursor(BaseModel):
         return all(low >= end for low, end in zip(self.low, self.end, strict=True))
 
     @property
+    def reached(self) -> int:
+        """The first ready_seq of which something is left."""
+        return min((low for low, end in zip(self.low, self.end, strict=True) if low < end), default=max(self.end))
+
+    @property
     def num_rows(self) -> int:
         """Rows that are left up to its bounds, of all shards."""
         return sum(max(0, end - low) for low, end in zip(self.low, self.end, strict=True))

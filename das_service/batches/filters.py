@@ -54,6 +54,8 @@ def _checked(spec: DatasetSpec, place: int, condition: Any) -> Condition:  # noq
     if not (isinstance(condition, list | tuple) and len(condition) == 3 and isinstance(condition[0], str)):
         raise FilterError(f"condition {place} is not [column, operator, value]")
     column, operator, value = condition
+    if not isinstance(operator, str):
+        raise FilterError(f'condition {place}: an operator is a text such as "=", not {_shown(operator)}')
     kind = _kind_of(spec, column)
     if operator in MEMBERSHIP:
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_VALUES:
@@ -94,14 +96,30 @@ def _typed(place: int, column: str, kind: type, value: Any) -> Any:  # noqa: ANN
     is_bool = isinstance(value, bool)
     if kind is bool and is_bool:
         return value
-    if kind is str and isinstance(value, str):
+    if kind is str and isinstance(value, str) and _is_text(value):
         return value
     if kind is int and isinstance(value, int) and not is_bool and -_INT64 <= value < _INT64:
         return value
-    if kind is float and isinstance(value, int | float) and not is_bool and math.isfinite(value):
+    if kind is float and isinstance(value, int | float) and not is_bool and _is_finite(value):
         return float(value)
     name = {str: "a string", int: "an int64", float: "a finite number", bool: "true or false"}[kind]
     raise FilterError(f"condition {place}: column {column!r} holds {name}, not {_shown(value)}")
+
+
+def _is_text(value: str) -> bool:
+    """Give whether a text can be written down: JSON may hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _time(place: int, column: str, value: Any) -> str:  # noqa: ANN401

@@ -14,18 +14,17 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from das_service.batches.cursor import Cursor
 from das_service.batches.filters import Condition, filters_examples, sql_of
 from das_service.batches.query import FROM_CLOSED, refuse_unknown
-from das_service.errors import DasError, UnavailableError
+from das_service.errors import DasError
 from das_service.folder import Folder
 from das_service.registry import Catalog
 from das_service.supervision.join import Limits, OfflineJoin
 from das_service.supervision.windows import BatchRows, Window, days_of
-from das_service.tables.duck import Duck, quoted_path
+from das_service.tables.duck import Duck, source_of
 from das_service.tables.offline_store import TableReader, table_place
 from schemas.dataset import TIMESTAMP, DatasetSpec, Feature
 from schemas.tables import CLOSED, EXAMPLE_HASH, EXAMPLES
@@ -37,7 +36,6 @@ _SQL_TYPES = {
     ("float", None): "DOUBLE", ("category", "int64"): "BIGINT", ("category", "string"): "VARCHAR",
     ("category_list", "int64"): "BIGINT[]", ("category_list", "string"): "VARCHAR[]", ("vector", None): "BLOB",
 }  # fmt: skip
-_HIVE = "union_by_name = true, hive_partitioning = false"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,15 +130,12 @@ class PageReader:
 
         Raises:
             OverloadedError: No permit for DuckDB came free.
-            UnavailableError: The memory or the spill disk is used up.
+            UnavailableError: The memory is used up.
+            DiskReserveError: The spill disk is full or broken.
             DasError: 410, cursor_expired: rows are gone.
         """
-        try:
+        with self._duck.room_for("a page"):
             return self._read(ranges)
-        except duckdb.OutOfMemoryException as error:
-            raise UnavailableError(
-                "a page needs more memory or spill disk than it may have (DAS_DUCKDB_MEMORY_BYTES)", code="join_memory"
-            ) from error
 
     def _read(self, ranges: Sequence[tuple[int, int]]) -> Page:
         closed = self._closed_rows(ranges)
@@ -176,7 +171,7 @@ class PageReader:
             or (file.last_position >= first and file.first_position < end)
         ]
         with self._duck.cursor() as cursor:
-            source = _source(cursor, "closed", self._closed.rows_of(files))
+            source = source_of(cursor, "closed", self._closed.rows_of(files))
             if source is None:
                 self._refuse_gaps(0, ranges)
                 return _no_rows(self.schema, names)
@@ -283,7 +278,7 @@ class PageReader:
             row = "CASE WHEN e.event_time = a.event_time THEN a._row ELSE -1 END"
             on = f"USING ({key}) LIMIT {closed.num_rows + 1}"
         with self._duck.cursor() as cursor:
-            source = _source(cursor, "examples", self._examples.rows_of(files))
+            source = source_of(cursor, "examples", self._examples.rows_of(files))
             if source is None:
                 return _no_rows(self.schema, ["_row", *self._of_examples])
             cursor.register("asked", asked)
@@ -350,13 +345,6 @@ def _reader(folder: Folder, dataset: str, table: str) -> TableReader:
     reader = TableReader(table_place(folder, dataset, table))
     reader.refresh()
     return reader
-
-
-def _source(cursor: duckdb.DuckDBPyConnection, name: str, rows: list[str] | pads.Dataset) -> str | None:
-    if isinstance(rows, pads.Dataset):
-        cursor.register(f"{name}_files", rows)
-        return f"{name}_files"
-    return f"read_parquet([{', '.join(map(quoted_path, rows))}], {_HIVE})" if rows else None
 
 
 def _no_rows(schema: pa.Schema, names: Iterable[str]) -> pa.Table:

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from das_service.batches.cursor import Cursor
 from das_service.batches.pages import Page
 from das_service.batches.shards import owned_ranges
 
 _MOST_SPAN = 8
+STRIDE_ROWS = 1 << 20
 MarkedBatch = tuple[pa.RecordBatch, Cursor]
 
 
@@ -35,33 +38,54 @@ def iter_ranges(cursor: Cursor, page_rows: Callable[[], int]) -> Iterator[list[t
         yield held
 
 
-def iter_batches(pages: Iterator[Page], schema: pa.Schema, cursor: Cursor) -> Iterator[MarkedBatch]:
+def iter_batches(pages: Iterator[tuple[Page, int]], schema: pa.Schema, cursor: Cursor) -> Iterator[MarkedBatch]:
     """Give batches of the query's batch_rows rows; the last may have fewer, and its cursor is at the end.
 
-    There is one at least, be it empty.
+    There is one at least, be it empty. Where few rows pass the query, an empty one says now and then how far was
+    looked, at fixed places, so that batches do not depend on pages. pages: each with the ready_seq behind all that it
+    looked at.
     """
     size = cursor.query.batch_rows
+    stride = max(1, STRIDE_ROWS // len(cursor.low))
+    looked, end = cursor.reached, max(cursor.end)
     held: list[_Rest] = []
     num_rows = 0
-    for page in pages:
-        if page.num_rows:
-            held.append(_Rest(page, 0))
-            num_rows += page.num_rows
-        while num_rows > size:  # and not at size: what is left may be the end
-            batch, held, at = _cut(held, size, schema)
-            num_rows -= size
-            cursor = cursor.after(*at)
-            yield batch, cursor
-    rows = _cut(held, num_rows, schema)[0] if num_rows else empty_batch(schema)
-    yield rows, cursor.at_end()
+    for page, through in pages:
+        for rows, stop in _cut_at(page.ready_seq, looked, through, stride):
+            if rows[1] > rows[0]:
+                held.append(_Rest(page, *rows))
+                num_rows += rows[1] - rows[0]
+            while num_rows > size:  # and not at size: what is left may be the end
+                batch, held, at = _cut(held, size, schema)
+                num_rows -= size
+                cursor = cursor.after(*at)
+                yield batch, cursor
+            if stop % stride == 0 and cursor.reached <= stop - stride and stop < end:
+                cursor = cursor if num_rows else cursor.after(stop - 1, len(cursor.low) - 1)
+                yield empty_batch(schema), cursor
+        looked = through
+    last = _cut(held, num_rows, schema)[0] if num_rows else empty_batch(schema)
+    yield last, cursor.at_end()
+
+
+def _cut_at(
+    ready_seq: NDArray[np.int64], looked: int, through: int, stride: int
+) -> Iterator[tuple[tuple[int, int], int]]:
+    """Give a page's rows (from, to) up to each multiple of the stride that it reaches, and up to its end."""
+    row = 0
+    for bound in [*range((looked // stride + 1) * stride, through, stride), through]:
+        after = int(np.searchsorted(ready_seq, bound))
+        yield (row, after), bound
+        row = after
 
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
-    """The rows of a page from `start` on."""
+    """The rows of a page from `start` to `stop`."""
 
     page: Page
     start: int
+    stop: int
 
 
 def _cut(held: Sequence[_Rest], size: int, schema: pa.Schema) -> tuple[pa.RecordBatch, list[_Rest], tuple[int, int]]:
@@ -69,12 +93,12 @@ def _cut(held: Sequence[_Rest], size: int, schema: pa.Schema) -> tuple[pa.Record
     parts, rest, left = [], list(held), size
     at = (0, 0)
     while left:
-        page, start = rest[0].page, rest[0].start
-        stop = min(start + left, page.num_rows)
-        parts.append(page.arrays(start, stop))
+        first = rest[0]
+        page, stop = first.page, min(first.start + left, first.stop)
+        parts.append(page.arrays(first.start, stop))
         at = (int(page.ready_seq[stop - 1]), int(page.partition[stop - 1]))
-        left -= stop - start
-        rest[:1] = [_Rest(page, stop)] if stop < page.num_rows else []
+        left -= stop - first.start
+        rest[:1] = [_Rest(page, stop, first.stop)] if stop < first.stop else []
     arrays = parts[0] if len(parts) == 1 else [pa.concat_arrays(list(same)) for same in zip(*parts, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema), rest, at
 

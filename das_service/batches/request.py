@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from das_service.batches.bounds import start_cursor
+from das_service.batches.bounds import refuse_beyond, start_cursor
 from das_service.batches.cursor import Cursor, decode_cursor
 from das_service.batches.filters import FilterError, checked_filter, parse_filter
 from das_service.batches.query import BATCH_ROWS, MOST_BATCH_ROWS, BatchQuery, all_columns, refuse_unknown
@@ -79,6 +79,7 @@ def open_stream(reading: Reading, dataset: str, asked: BatchParameters, *, settl
         cursor = _start(reading, catalog, dataset, asked, settle)
     else:
         cursor = decode_cursor(asked.cursor, dataset=dataset, partitions=spec.partitions)
+        refuse_beyond(reading.folder, cursor)
         _refuse_changes(cursor, _query(catalog, dataset, asked), asked)
     if asked.split is not None:
         cursor = split_cursor(cursor, asked.split)
@@ -96,7 +97,7 @@ def _start(reading: Reading, catalog: Catalog, dataset: str, asked: BatchParamet
         chain = [] if asked.shard is None else [parse_shard(asked.shard, block=common_block(partitions))]
     except ValueError as error:
         raise BadRequestError(str(error), code="shard_invalid") from None
-    return start_cursor(reading.folder, catalog, dataset, query, chain=chain)
+    return start_cursor(reading.folder, catalog, dataset, query, duck=reading.duck, chain=chain)
 
 
 def _query(catalog: Catalog, dataset: str, asked: BatchParameters) -> BatchQuery:

@@ -26,6 +26,7 @@ from das_service.tables.duck import Duck
 from schemas.wire import CURSOR_KEY, iter_marked_parts
 
 Going: TypeAlias = Literal["no", "extend", "follow"]
+_Coming: TypeAlias = "deque[tuple[Future[Page], int]]"
 KEEP_ALIVE_SECONDS = 10.0
 REOPEN_SECONDS = 600.0
 _LEAST_PAGE_BYTES, _MOST_PAGE_BYTES = 8 * 1024 * 1024, 96 * 1024 * 1024
@@ -180,26 +181,27 @@ class BatchStream:
 
     # ---- pages
 
-    def _iter_pages(self) -> Iterator[Page]:
-        """Give the pages up to the cursor's bounds; others are made while one is being read."""
+    def _iter_pages(self) -> Iterator[tuple[Page, int]]:
+        """Give the pages up to the cursor's bounds, and how far each looked; others are made while one is read."""
         ranges = iter_ranges(self.cursor, self._page_rows)
-        coming: deque[Future[Page]] = deque()
+        coming: _Coming = deque()
         self._submit(ranges, coming)
         try:
             while coming:
-                page = coming.popleft().result()
+                future, through = coming.popleft()
+                page = future.result()
                 if page.num_rows:
                     self._row_bytes = max(1.0, page.nbytes / page.num_rows)
                 self._submit(ranges, coming)
                 self._reading.count(self.cursor.dataset, page.counts)
-                yield page
+                yield page, through
         finally:
-            for later in coming:
+            for later, _ in coming:
                 later.cancel()
 
-    def _submit(self, ranges: Iterator[list[tuple[int, int]]], coming: "deque[Future[Page]]") -> None:
+    def _submit(self, ranges: Iterator[list[tuple[int, int]]], coming: _Coming) -> None:
         while len(coming) < _PAGES_AHEAD and (part := next(ranges, None)) is not None:
-            coming.append(self._reading.pool.submit(self._read, part))
+            coming.append((self._reading.pool.submit(self._read, part), part[-1][1]))
 
     def _page_rows(self) -> int:
         most = min(self._most_rows, _MOST_PAGE_ROWS)

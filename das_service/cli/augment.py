@@ -1,5 +1,6 @@
 """`das augment`: a trainer's Parquet files joined with supervision, where the tables are."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def augment(
     keep_freed_memory()
     started = time.monotonic()
     try:
-        summary = _augment(settings, source, target, dataset, fm, output, max_freshness_gap_seconds)
+        with _ended_orderly():
+            summary = _augment(settings, source, target, dataset, fm, output, max_freshness_gap_seconds)
     except DasError as error:
         raise InputError(error.detail) from error
     except OSError as error:
@@ -114,6 +116,33 @@ def _augment(
                 )
         finally:
             duck.close()
+
+
+@contextmanager
+def _ended_orderly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is tidied up.
+
+    A second one changes nothing: a terminal's Ctrl-C comes from the terminal and from the client. A second Ctrl-C does
+    not wait for the tidying.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    former = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}  # nohup ignores
+
+    def ignore(*_: object) -> None:
+        """Hear one that has come already too, which SIG_IGN has Python complain of."""
+
+    def end(*_: object) -> None:
+        for number in former:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else ignore)
+        raise KeyboardInterrupt
+
+    for number in former:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _only_dataset(catalog: "Catalog") -> str:

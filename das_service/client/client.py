@@ -32,6 +32,7 @@ from das_service.client.errors import (
 from das_service.client.frames import cut_at_days, join_keys, own_table, refuse_collision, with_columns
 from das_service.client.http import ATTEMPT_SECONDS, Call, Caller, Clock, json_object, parse_problem, path_of
 from das_service.client.ingest import IngestResult, ingest_chunks, parse_ingest_result
+from das_service.client.progress import shown_progress
 from schemas.wire import ARROW_STREAM, read_table, write_table
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -47,7 +48,7 @@ class Client:
     """A connection to one service. Threads may share it; close it, or use it in a `with`.
 
     url: of the API, default DAS_API_URL; token: default DAS_TOKEN. timeout_seconds: the longest that one call takes,
-    all its retries included; a piece of augment may take AUGMENT_SECONDS, whatever it is.
+    all its retries included; a piece of augment that the service has taken may take AUGMENT_SECONDS.
 
     Raises:
         DasClientError: The url or the token can't be one (codes `bad_url`, `bad_token`).
@@ -166,22 +167,21 @@ class Client:
         concurrency: int = 4,
         rows_per_request: int = ROWS_PER_REQUEST,
         on_progress: Callable[[IngestResult], None] | None = None,
+        progress: bool = False,
     ) -> IngestResult:
         """Hand in any number of examples, some requests at a time, and give the account of all of them.
 
         batches: a table or frame, an Arrow reader, or an iterable of tables, frames or batches: it is read as the rows
-        are sent. Rows of bad values are left out and counted. on_progress gets the account after each request. To go
-        on after an error, hand in the same again: repeats change nothing.
+        are sent. Rows of bad values are left out and counted. on_progress gets the account after each request;
+        progress=True draws a bar on stderr or in a notebook, by `rich`. To go on after an error, hand in the same
+        again: repeats change nothing.
 
         Raises:
-            DasClientError: A request failed for good; the rows before it are on disk.
+            DasClientError: A request failed for good; the rows before it are on disk. Or there is no rich.
         """
-        return ingest_chunks(
-            lambda chunk: self.ingest(dataset, chunk),
-            iter_chunks(batches, rows=rows_per_request),
-            concurrency=concurrency,
-            on_progress=on_progress,
-        )
+        chunks = iter_chunks(batches, rows=rows_per_request)
+        with shown_progress("ingest", batches, on_progress, progress=progress) as told:
+            return ingest_chunks(partial(self.ingest, dataset), chunks, concurrency=concurrency, on_progress=told)
 
     def labels(
         self,
@@ -215,12 +215,12 @@ class Client:
         concurrency: int = 2,
         rows_per_request: int = ROWS_PER_REQUEST,
         on_progress: Callable[[IngestResult], None] | None = None,
+        progress: bool = False,
     ) -> IngestResult:
         """Hand in any number of labels, as ingest_batches does examples, and give one account of all."""
         chunks = iter_chunks(data, rows=rows_per_request)
-        return ingest_chunks(
-            lambda chunk: self.labels(dataset, chunk), chunks, concurrency=concurrency, on_progress=on_progress
-        )
+        with shown_progress("labels", data, on_progress, progress=progress) as told:
+            return ingest_chunks(partial(self.labels, dataset), chunks, concurrency=concurrency, on_progress=told)
 
     # ---- supervision
 
@@ -264,13 +264,14 @@ class Client:
         embedding_format: EmbeddingFormat = "float16",
         max_freshness_gap_seconds: float | None = None,
         on_progress: Callable[[int], None] | None = None,
+        progress: bool = False,
     ) -> Any:  # noqa: ANN401 - the same kind of table
         """Give a trainer's own rows with supervision from the offline tables: same rows, same order, columns appended.
 
         table: an Arrow table, a pandas or polars frame, or rows, with example_id and event_time (aware) and any columns
         of your own, which stay here. The answer is a frame of the same library, else an Arrow table. Long tables are
-        sent in pieces; on_progress gets the number of rows done after each. Millions of rows are faster by
-        augment_files.
+        sent in pieces; on_progress gets the number of rows done after each, and progress=True draws a bar on stderr
+        or in a notebook, by `rich`. Millions of rows are faster by augment_files.
 
         Raises:
             TypeError: It is no table.
@@ -291,23 +292,29 @@ class Client:
         )
 
         def send(first_row: int, rows: pa.Table) -> pa.Table:
-            piece = replace(
-                call, content=write_table(rows.combine_chunks())
-            )  # a chunk is a batch, and they are counted
+            piece = replace(call, content=write_table(rows.combine_chunks()))  # a chunk is a batch: they are counted
             try:
-                answer = self._caller.send(piece, timeout_seconds=AUGMENT_SECONDS)
+                answer = self._caller.send(
+                    piece, timeout_seconds=AUGMENT_SECONDS, retry_seconds=self._caller.timeout_seconds
+                )
             except RowsRefusedError as error:
                 raise count_from(error, first_row) from None
             return read_table(answer.content)
 
         pieces = cut_at_days(request, most_rows=ROWS_PER_AUGMENT)
         answers: list[pa.Table] = []
-        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="augment") as threads:
-            for (start, rows), answer in zip(pieces, threads.map(send, *zip(*pieces, strict=True)), strict=True):
-                answers.append(answer)
-                refuse_collision(table, answer.schema.names)
-                if on_progress is not None:
-                    on_progress(start + rows.num_rows)
+        with (
+            shown_progress("augment", request, on_progress, progress=progress) as told,
+            ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="augment") as threads,
+        ):
+            try:
+                for (start, rows), answer in zip(pieces, threads.map(send, *zip(*pieces, strict=True)), strict=True):
+                    answers.append(answer)
+                    refuse_collision(table, answer.schema.names)
+                    told(start + rows.num_rows)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
         return with_columns(table, _one_table(answers))
 
     def augment_files(

@@ -6,6 +6,7 @@ and never past the deadline.
 """
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -72,14 +73,20 @@ class Caller:
         """Close the connections."""
         self._http.close()
 
-    def send(self, call: Call, *, timeout_seconds: float | None = None) -> httpx.Response:
+    def send(
+        self, call: Call, *, timeout_seconds: float | None = None, retry_seconds: float = math.inf
+    ) -> httpx.Response:
         """Give the answer of a call that succeeded.
+
+        timeout_seconds: the longest that it takes, default the client's. retry_seconds: the longest that it is tried
+        again after the first failure, for a call that the service takes long to answer once it has it.
 
         Raises:
             DasClientError: It did not, and trying again did not help or could not.
         """
         budget = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = self._clock.monotonic() + budget
+        last_try = deadline
         pause = FIRST_PAUSE_SECONDS
         while True:
             outcome = self._attempt(call, deadline)
@@ -87,7 +94,9 @@ class Caller:
                 return outcome
             error, wanted_seconds = outcome
             seconds = max(wanted_seconds, pause * (0.5 + self._clock.chance() / 2))
-            if not error.retryable or self._clock.monotonic() + seconds >= deadline:
+            now = self._clock.monotonic()
+            last_try = min(last_try, now + retry_seconds)
+            if not error.retryable or now + seconds >= last_try:
                 raise error
             self._clock.sleep(seconds)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -47,7 +47,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {"description": words[status], "content": {PROBLEM_JSON: {"schema": schema}}}
-        for status in sorted({*statuses, 401, 403, 503})
+        for status in sorted({*statuses, 400, 401, 403, 503})
     }
 
 

@@ -17,6 +17,7 @@ from fastapi import Request
 from das_service.door.door import iter_body
 from das_service.errors import DiskReserveError, TooLargeError
 
+BY_REFERENCE = "join it where the tables are: `das augment IN OUT`, or Client.augment_files"
 _WRITE_BYTES = 4 * 1024 * 1024
 
 
@@ -53,10 +54,7 @@ async def spooled(
     place = folder or Path(tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place, prefix="das-spool-", buffering=0) as file:
-        too_large = TooLargeError(
-            f"the table is larger than the {max_bytes} bytes that may be sent; join it where the tables are: "
-            "`das augment IN OUT`, or Client.augment_files"
-        )
+        too_large = TooLargeError(f"the table is larger than the {max_bytes} bytes that may be sent; {BY_REFERENCE}")
         held: list[bytes] = []
         num_held = 0
         async for piece in iter_body(

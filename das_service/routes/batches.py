@@ -42,7 +42,7 @@ _JSON_ROWS, _MOST_JSON_ROWS = 1_000, 65_536
                 JSON: {"example": {"rows": [{"example_id": "a", "click": 1.0}], "cursor": "AQ..."}},
             },
         },
-        **problems(400, 404, 406, 409, 410, 422, 429),
+        **problems(400, 404, 406, 409, 410, 422, 429, 507),
     },
     summary="Read training batches",
 )

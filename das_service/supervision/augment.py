@@ -14,9 +14,9 @@ import pyarrow as pa
 from das_service.door.arrow_body import Budget, measure_stream
 from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
 from das_service.door.row_errors import RowErrors
-from das_service.door.spool import Spool
+from das_service.door.spool import BY_REFERENCE, Spool
 from das_service.door.validation import refuse_differences
-from das_service.errors import BadRequestError, InvalidRowsError
+from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
 from das_service.supervision.join import Joined, OfflineJoin
 from das_service.supervision.windows import BatchRows, Int64s, as_microseconds, iter_windows
 
@@ -60,7 +60,13 @@ def open_upload(spool: Spool, *, added: Sequence[str], max_bytes: int) -> Upload
         InvalidRowsError: schema_mismatch, or invalid_rows: an id or a time is null or can't be said in microseconds.
         TooLargeError: It takes more than max_bytes once decoded.
     """
-    measure_stream(spool.data, budget=Budget(max_bytes), max_rows=_MOST_ROWS, max_batch_bytes=_MOST_BATCH_BYTES)
+    budget = Budget(max_bytes)
+    try:
+        measure_stream(spool.data, budget=budget, max_rows=_MOST_ROWS, max_batch_bytes=_MOST_BATCH_BYTES)
+    except TooLargeError as error:
+        if budget.spent_bytes <= max_bytes:  # it is the batches: sent in another way, the table fits
+            raise
+        raise TooLargeError(f"{error.detail}; {BY_REFERENCE}") from error
     try:
         with pa.ipc.open_stream(spool.buffer()) as reader:
             schema = reader.schema

@@ -1,10 +1,10 @@
 """Parquet files with supervision appended, joined where the tables are: no row goes over HTTP.
 
-Every file is looked at before the first is joined. The result is written beside its place and put there once it is
-whole, so that a run that was cut leaves nothing.
+Every file is looked at before the first is joined. The result is written in a scratch folder beside its place and put
+there once it is whole, so that a run that was cut leaves nothing; what a killed one left goes with the next.
 """
 
-import shutil
+import contextlib
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
 from das_service.door.row_errors import RowErrors
 from das_service.errors import InvalidRowsError, UnavailableError
+from das_service.scratch_folder import ScratchFolder
 from das_service.supervision.join import JOIN_MEMORY, Joined, OfflineJoin
 from das_service.supervision.windows import FileRows, Window, as_microseconds, iter_windows
 from das_service.tables.duck import Duck
@@ -213,20 +214,17 @@ def augment_files(
         InvalidRowsError: A row has no id or no time that can be joined on.
         OSError: The disk is full, or the place can't be written.
     """
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    try:
-        with ExitStack() as stack:
-            output = stack.enter_context(_Output(sources, partial, join, as_folder=as_folder))
+    with contextlib.closing(ScratchFolder(f".{target.name}.das-", parent=target.parent)) as scratch:
+        partial = scratch.path / "partial"
+        with _Output(sources, partial, join, as_folder=as_folder) as output:
             for window, joined in iter_joined(sources, join, window_rows=window_rows):
                 output.write(window, joined)
                 summary.count(joined)
                 del joined  # so that the next windows are joined into its memory
                 on_progress(summary)
         _put(partial, target)
-    finally:
-        _remove(partial)
     return summary
 
 
@@ -328,21 +326,18 @@ def _refuse_null_ids(rows: pa.Table, source: Source) -> None:
 
 
 def _put(partial: Path, target: Path) -> None:
-    """Put what is whole in its place, instead of what stood there."""
+    """Put what is whole in its place, instead of what stood there, which goes with the scratch folder.
+
+    What stood there is no scratch before the new is in its place: a kill -9 in between leaves it beside, as `*.old`.
+    """
     if partial.is_dir() and target.exists():
-        aside = partial.with_suffix(".old")
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
         target.rename(aside)
         partial.rename(target)
-        _remove(aside)
+        with contextlib.suppress(OSError):  # it was another user's: it stays
+            aside.rename(partial.with_name("old"))
         return
     partial.replace(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def status_counts(summary: Summary, statuses: Sequence[str]) -> Mapping[str, dict[str, int]]:

@@ -40,6 +40,7 @@ from das_service.supervision.answer import (
 from das_service.supervision.buffers import BufferPool
 from das_service.supervision.lookup import Asked, fetch_values, unfinished_partitions
 from das_service.supervision.windows import Window, days_of
+from das_service.tables.duck import JOIN_MEMORY as JOIN_MEMORY  # noqa: PLC0414 - whoever joins asks for it here
 from das_service.tables.duck import Duck, quoted_path
 from das_service.tables.offline_store import ALL_KINDS, SERVED, TablePlace, TableReader, known_rows, table_place
 from schemas import keys
@@ -48,7 +49,6 @@ from schemas.snapshot import OutputColumns
 from schemas.supervision import FAILED, online_layout
 from schemas.tables import dead_letters_table, supervision_table
 
-JOIN_MEMORY = "join_memory"
 _BATCH_ROWS = 32_768
 _ID_BYTES = 256
 _ROW_BYTES = 32
@@ -148,7 +148,8 @@ class OfflineJoin:
         Raises:
             OverloadedError: No permit for DuckDB came free.
             TooLargeError: The ids take more than a window may.
-            UnavailableError: The memory or the spill disk is used up, or the registry lags behind the tables.
+            UnavailableError: The memory is used up, or the registry lags behind the tables.
+            DiskReserveError: The spill disk is full or broken.
         """
         fields: list[pa.Field] = []
         arrays: list[pa.Array] = []
@@ -162,19 +163,11 @@ class OfflineJoin:
         return Joined(columns=pa.table(arrays, schema=pa.schema(fields)), counts=counts)
 
     def _judge(self, window: Window, fm: "_FmTables") -> Judged:
-        try:
-            with self._duck.cursor() as cursor:
-                limits = self._limits.get(fm.record.fm)
-                reach = {} if limits is None or window.partition is None else limits.reach(window.partition)
-                window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS), more=reach)
-                return _WindowJoin(cursor, window, fm, self._query, self.spec, self._pool, limits).judge()
-        except (duckdb.OutOfMemoryException, OSError) as error:  # pyarrow's reader turns DuckDB's errors into OSError
-            if isinstance(error, OSError) and "Out of Memory Error" not in str(error):
-                raise
-            raise UnavailableError(
-                "the join needs more memory or spill disk than it may have (DAS_DUCKDB_MEMORY_BYTES)",
-                code=JOIN_MEMORY,
-            ) from error
+        with self._duck.room_for("the join"), self._duck.cursor() as cursor:
+            limits = self._limits.get(fm.record.fm)
+            reach = {} if limits is None or window.partition is None else limits.reach(window.partition)
+            window.register(cursor, max_id_bytes=_ID_BYTES * max(window.num_rows, _BATCH_ROWS), more=reach)
+            return _WindowJoin(cursor, window, fm, self._query, self.spec, self._pool, limits).judge()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

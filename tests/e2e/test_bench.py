@@ -11,7 +11,9 @@ import pytest
 from loadtest.report import README, newest_result, rendered
 from tests.conftest import ROOT
 
-LINES = ("ingest", "lookup", "worker", "worker_free", "sink", "augment", "augment_http", "batches", "loader")
+LINES = (
+    "ingest", "lookup", "worker", "worker_free", "sink", "augment", "augment_http", "batches", "batches_http", "loader",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def test_a_line_is_a_rate_its_floor_and_their_ratio(record: dict[str, Any], name
 
 
 def test_the_joins_say_what_memory_they_took(record: dict[str, Any]) -> None:
-    assert [type(record[name]["peak_mb"]) for name in ("augment", "augment_http", "batches", "loader")] == [int] * 4
+    assert [type(record[name]["peak_mb"]) for name in LINES[5:]] == [int] * 5
 
 
 def test_end_to_end_says_what_each_role_cost(record: dict[str, Any]) -> None:

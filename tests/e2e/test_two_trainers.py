@@ -1,11 +1,16 @@
-"""Two trainers augment, one over HTTP and one by reference, while rows come in and tables are compacted."""
+"""Two trainers augment, one over HTTP and one by reference, while rows come in and tables are compacted.
+
+Once all is committed each has many more rows than there are examples, and the memory of its join is measured.
+"""
 
 import itertools
 import json
+import multiprocessing
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,18 +36,24 @@ SPEC = DatasetSpec.model_validate(
     }
 )
 FIRST = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=3)
+FIRST_US, DAY_US = int(FIRST.timestamp()) * 1_000_000, 86_400_000_000
 CHUNK, ROUNDS, ROWS, GHOST = 500, 3, 5_000, -1
+MANY_ROWS = 1_500_000
+MIB = 1024 * 1024
+DUCKDB_BYTES = 128 * MIB
+REST_BYTES = 300 * MIB  # libraries, bodies, answers: 280 to 300 MB before there are many rows
+WINDOW_BYTES = 1_000_000 * 60  # the most rows of a window; `window_rows` counts 28 bytes of one FM and 32 more for each
 WAIT_SECONDS = 180.0
 Numbers = NDArray[np.int64]
 
 
 def table(numbers: Numbers) -> pa.Table:
     """Give examples over three days; every thousandth is one that the model fails on, a negative one is nobody's."""
-    times = [FIRST + timedelta(days=int(number) % 3, milliseconds=int(number)) for number in numbers]
+    times = FIRST_US + numbers % 3 * DAY_US + numbers * 1000
     return pa.table(
         {
-            "example_id": [f"e{number}" for number in numbers],
-            "event_time": pa.array(times, pa.timestamp("us", "UTC")),
+            "example_id": [f"e{number}" for number in numbers.tolist()],
+            "event_time": pa.array(times).cast(pa.timestamp("us", "UTC")),
             "price": np.where(numbers % 1000 == 7, 2e6, numbers / 4),
         }
     )
@@ -71,7 +82,11 @@ class Answers:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     folder = tmp_path_factory.mktemp("trainers")
-    overrides = {"DAS_COMMIT_SECONDS": "0.2", "DAS_COMPACT_FILES": "3"}
+    overrides = {
+        "DAS_COMMIT_SECONDS": "0.2",
+        "DAS_COMPACT_FILES": "3",
+        "DAS_DUCKDB_MEMORY_BYTES": str(DUCKDB_BYTES),
+    }
     export_closed_form(folder / "s1", SPEC, fm="teacher", poison="nan")
     with running_service(folder=folder / "data", env_overrides=overrides) as running:
         settings = load_settings({}, redis_url=running.redis_url, snapshots_uri=str(running.folder.snapshots))
@@ -101,17 +116,32 @@ def over_http(service: RunningService) -> Callable[[pa.Table], pa.Table]:
     return augment
 
 
-def by_reference(service: RunningService, folder: Path) -> Callable[[pa.Table], pa.Table]:
+def by_reference(
+    service: RunningService, folder: Path, augmenter: ProcessPoolExecutor
+) -> Callable[[pa.Table], pa.Table]:
     def augment(rows: pa.Table) -> pa.Table:
-        pq.write_table(rows, folder / "in.parquet", row_group_size=2000)
-        with Client(service.url) as client:
-            client.augment_files(
-                "ads", folder / "in.parquet", folder / "out.parquet",
-                fms=["teacher"], folder=service.folder.root, overwrite=True,
-            )  # fmt: skip
+        pq.write_table(rows, folder / "in.parquet", row_group_size=max(2_000, rows.num_rows // 20))
+        augmenter.submit(augment_files, service.url, service.folder.root, folder).result()
         return pq.read_table(folder / "out.parquet")
 
     return augment
+
+
+def augment_files(url: str, root: Path, folder: Path) -> None:
+    with Client(url) as client:
+        client.augment_files(
+            "ads", folder / "in.parquet", folder / "out.parquet", fms=["teacher"], folder=root, overwrite=True
+        )
+
+
+def peak_of_children() -> int:
+    """Give the largest resident memory that a process had which the calling one started, in bytes."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def peak_of_api(service: RunningService) -> int:
+    status = Path(f"/proc/{service.pid_of('api')}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def num_compactions(service: RunningService) -> int:
@@ -140,9 +170,18 @@ def wait_until_committed(client: Client, num_rows: int) -> None:
         time.sleep(0.2)
 
 
-def test_both_get_the_right_answers_at_every_moment(service: RunningService, tmp_path: Path) -> None:
+@pytest.fixture
+def augmenter() -> Iterator[ProcessPoolExecutor]:
+    """A process whose only children are `das augment`: their peak is what the kernel says of its children."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def test_both_get_the_right_answers_at_every_moment_within_their_memory(
+    service: RunningService, tmp_path: Path, augmenter: ProcessPoolExecutor
+) -> None:
     posted, enough = [0], threading.Event()
-    ways = [over_http(service), by_reference(service, tmp_path)]
+    ways = [over_http(service), by_reference(service, tmp_path, augmenter)]
     with Client(service.url) as client, ThreadPoolExecutor(2) as pool:
         post_until(client, posted, lambda: posted[0] > 0)
         trainers = [pool.submit(train, way, posted, enough, seed=seed) for seed, way in enumerate(ways)]
@@ -155,6 +194,10 @@ def test_both_get_the_right_answers_at_every_moment(service: RunningService, tmp
         assert [trainer.result() >= ROUNDS for trainer in trainers] == [True, True]
         wait_until_committed(client, posted[0])
 
-    everything = np.append(np.random.default_rng(9).permutation(posted[0]), [GHOST, 5, 5])
+    random = np.random.default_rng(9)
+    repeats = random.integers(0, posted[0], MANY_ROWS - posted[0])
+    everything = np.append(random.permutation(np.append(np.arange(posted[0]), repeats)), [GHOST, 5, 5])
     for way in ways:
         Answers(everything, way(table(everything))).check(is_settled=True)
+    assert peak_of_api(service) < REST_BYTES + DUCKDB_BYTES + 2 * WINDOW_BYTES
+    assert augmenter.submit(peak_of_children).result() < REST_BYTES + DUCKDB_BYTES * 3 // 2 + 2 * WINDOW_BYTES

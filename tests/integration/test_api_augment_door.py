@@ -139,7 +139,7 @@ def test_a_table_that_grows_over_the_limit_is_413(settings: Settings, spools: Pa
         zeros = pa.Array.from_buffers(pa.binary(1000), 2000, [None, pa.py_buffer(bytes(2_000_000))])
         answer = post(http, arrow_body(table(2000).append_column("zeros", zeros), compression="zstd"))
 
-        assert_problem(answer, 413, "too_large", "1048576")
+        assert_problem(answer, 413, "too_large", "1048576", "das augment", "augment_files")
         is_served(http, spools)
 
 

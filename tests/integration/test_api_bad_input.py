@@ -334,3 +334,23 @@ def test_a_name_that_no_dataset_can_have_is_refused(api: Api, dataset: str) -> N
 
     answer = api.http.put(f"/v1/datasets/{dataset}", json=SPEC)
     assert (answer.status_code, answer.json()["code"]) == (422, "bad_name")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "wrong", "known"),
+    [
+        ("POST", "/v1/datasets/ads/examples", "on_eror", "on_error"),
+        ("POST", "/v1/datasets/ads/labels", "dry-run", "on_error"),
+        ("POST", "/v1/datasets/ads/supervision/lookup", "fm", "fms"),
+        ("POST", "/v1/datasets/ads/supervision/augment", "outptus", "outputs"),
+        ("GET", "/v1/datasets/ads/batches", "form", "from"),
+        ("GET", "/v1/datasets/ads", "verbose", "no query parameters"),
+    ],
+)
+def test_a_parameter_that_a_route_does_not_know_is_refused(
+    api: Api, method: str, path: str, wrong: str, known: str
+) -> None:
+    answer = api.http.request(method, path, params={wrong: "x"}, headers={"Content-Type": ARROW_STREAM})
+    assert_refused(api, answer, 400, "malformed")
+    assert f"query.{wrong}" in answer.json()["detail"]
+    assert known in answer.json()["detail"]

@@ -1,12 +1,16 @@
 """`das augment`: Parquet files in, the same rows in the same order out with supervision appended, or nothing at all."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -410,18 +414,48 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_ctrl_c_leaves_no_part_of_a_target(environment: dict[str, str], many: Path, tmp_path: Path) -> None:
-    command = command_of(many, tmp_path / "out.parquet")
+def interrupt(
+    command: list[str], environment: dict[str, str], target: Path, *numbers: signal.Signals
+) -> tuple[int, str]:
+    """Send signals to a command that has begun to write; give its exit code and what it said."""
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: process.poll() is not None or any(tmp_path.iterdir()), seconds=60)
-        process.send_signal(signal.SIGINT)
+        wait_until(lambda: process.poll() is not None or files_beside(target) != [], seconds=60)
+        for number in numbers:
+            process.send_signal(number)
         _, said = process.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+    return process.returncode, said
 
-    assert (process.returncode, "Traceback" in said, list(tmp_path.iterdir())) == (130, False, [])
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "several"],
+)
+def test_an_interrupted_run_leaves_no_part_of_a_target(
+    environment: dict[str, str], many: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    target = tmp_path / "out.parquet"
+
+    code, said = interrupt(command_of(many, target), environment, target, *numbers)
+
+    assert (code, "Traceback" in said, files_beside(target)) == (130, False, [])
+
+
+def test_what_a_killed_run_left_goes_with_the_next(
+    environment: dict[str, str], das: Das, many: Path, clicks: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "new" / "out.parquet"
+
+    code, _ = interrupt(command_of(many, target), environment, target, signal.SIGKILL)
+    assert (code, len(list(target.parent.iterdir()))) == (-signal.SIGKILL, 1)
+    das(clicks, target)
+
+    assert files_beside(target) == ["out.parquet"]
+    assert_augmented(target, caller_table(ROWS), ROWS)
 
 
 # ---- the client's way to it
@@ -459,6 +493,73 @@ def test_the_client_says_why_files_are_refused(client: Client, clicks: Path, tmp
 
     assert caught.value.code == "augment_refused"
     assert (tmp_path / "out.parquet").read_text() == "mine"
+
+
+CALL = """
+import sys
+from das_service.client import Client
+Client().augment_files("ads", *sys.argv[1:], fms=["f"])
+"""
+
+
+def test_the_client_lets_an_interrupted_run_tidy_up(environment: dict[str, str], many: Path, tmp_path: Path) -> None:
+    """The client's process alone hears the signal, as in a notebook."""
+    target = tmp_path / "out.parquet"
+    command = [sys.executable, "-c", CALL, str(many), str(target)]
+
+    _, said = interrupt(command, environment, target, signal.SIGINT)
+
+    assert (said.splitlines()[-1], files_beside(target)) == ("KeyboardInterrupt", [])
+
+
+class Terminal:
+    """A stderr that is a terminal of 60 columns."""
+
+    def __init__(self) -> None:
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 60, 0, 0))
+        self.file = os.fdopen(slave, "w")
+
+    def shown(self) -> str:
+        os.set_blocking(self._master, False)
+        return os.read(self._master, 1 << 20).decode()
+
+    def close(self) -> None:
+        self.file.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    for name in ("COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with contextlib.closing(Terminal()) as terminal:
+        yield terminal
+
+
+def test_on_a_terminal_the_client_shows_the_bar(
+    client: Client, terminal: Terminal, clicks: Path, tmp_path: Path
+) -> None:
+    with contextlib.redirect_stderr(terminal.file):
+        client.augment_files("ads", clicks, tmp_path / "out.parquet", fms=["f"])
+
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.shown()))
+    bars = [line for line in lines if "\u2501" in line]
+    assert [line for line in bars if line.startswith("7 rows")] != []
+    assert max(map(len, bars)) <= 60
+
+
+def test_on_a_terminal_too_the_client_says_why_files_are_refused(
+    client: Client, terminal: Terminal, tmp_path: Path
+) -> None:
+    pq.write_table(with_column("example_id", pa.array([None, *["a"] * 6])), tmp_path / "bad.parquet")
+
+    with contextlib.redirect_stderr(terminal.file), pytest.raises(DasClientError) as caught:
+        client.augment_files("ads", tmp_path / "bad.parquet", tmp_path / "out.parquet", fms=["f"])
+
+    assert caught.value.detail == f"{tmp_path / 'bad.parquet'}: example_id is null in some row"
+    assert f"das: {tmp_path}" in terminal.shown()
 
 
 def test_files_are_looked_at_before_the_first_is_joined(duck: Duck, tables: Folder, clicks: Path) -> None:

@@ -81,6 +81,24 @@ def test_torchdatas_loader_goes_on_exactly(trained: Trained, workers: int) -> No
     assert sorted(whole) == sorted(expected_order(trained))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_torchdatas_loader_was_trained_on_before_it_went_on_counts(trained: Trained, workers: int) -> None:
+    trained.close(0, 300)
+    with served(trained) as url:
+        start = loading(url).start
+        loader = stateful(loading(url, cursor=start), workers)
+        whole = [batch.example_ids.to_pylist() for batch in loader]
+        batches = iter(loader)
+        assert len(list(islice(batches, len(whole)))) == len(whole)  # and does not know yet that it was the last
+        state = loader.state_dict()
+        del batches
+        dataset = loading(url, cursor=start)
+        loader = stateful(dataset, workers)
+        loader.load_state_dict(state)
+        assert ids_of(loader) == []
+    assert dataset.trained_through == latest(name for ids in whole for name in ids)
+
+
 def test_states_of_torchdatas_loader_are_dealt_out_among_other_readers(trained: Trained) -> None:
     trained.close(0, 300)
     with served(trained) as url:

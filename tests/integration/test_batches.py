@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from das_service.batches import pages
+from das_service.batches import pages, reader
 from das_service.batches.cursor import decode_cursor, encode_cursor
 from schemas import keys
 from schemas.wire import ARROW_STREAM
@@ -72,6 +72,8 @@ def test_every_cursor_gives_the_rest_of_the_same_bytes(trained: Trained, monkeyp
     trained.close(400, 300)
     compact(trained)
     assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
+    assert vacuum(trained)
+    assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
     monkeypatch.setattr("das_service.batches.stream._MOST_PAGE_ROWS", 23)
     assert {cursor: trained.read(cursor=cursor).content for cursor in before} == before
 
@@ -112,6 +114,18 @@ def test_a_reader_that_hangs_up_while_a_page_is_made_leaves_when_it_is_made(
     portal.call(trained.api.http.app, scope, receive, send)
     assert opened.is_set()
     assert trained.read(fms="f").ids == expected_order(trained)
+
+
+def vacuum(trained: Trained) -> list[str]:
+    """Delete at once what compaction has replaced; give the files."""
+    from deltalake import DeltaTable
+
+    tables = [place.parent for place in Path(trained.api.settings.tables_uri).rglob("_delta_log")]
+    return [
+        name
+        for table in tables
+        for name in DeltaTable(str(table)).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    ]
 
 
 def compact(trained: Trained) -> None:
@@ -230,8 +244,17 @@ def test_as_of_gives_what_was_closed_and_scored_then(trained: Trained) -> None:
     trained.close(200, 200)
     trained.settle()
     again = trained.read(fms="f", as_of=as_of)
-    assert again.table.equals(first.table)
+    assert again.content == read.content
     assert trained.read(cursor=read.start).content == read.content
+    assert sum(decode_cursor(read.start, dataset=trained.dataset, partitions=3).end) == first.table.num_rows
+
+
+def test_as_of_before_anything_was_closed_has_no_rows(trained: Trained) -> None:
+    before = datetime.now(UTC).isoformat()
+    trained.settle()
+    empty = trained.read(fms="f", as_of=before)
+    trained.close(0, 100)
+    assert (empty.ids, trained.read(fms="f", as_of=before).ids) == ([], [])
 
 
 def test_extend_goes_on_where_a_cursor_ended(trained: Trained) -> None:
@@ -279,6 +302,10 @@ BAD = [
     ({"filter": '[["price", "in", []]]'}, 400, "filter_invalid", "1 to"),
     ({"filter": '[["event_time", "<", "2026-03-01"]]'}, 400, "filter_invalid", "2024-05-01T12:00:00Z"),
     ({"filter": '[["1=1; --", "=", 1]]'}, 400, "filter_invalid", "no column"),
+    ({"filter": '[["price", ["="], 1]]'}, 400, "filter_invalid", "an operator is a text"),
+    ({"filter": '[["price", {}, 1]]'}, 400, "filter_invalid", "an operator is a text"),
+    ({"filter": f'[["price", "=", 1{"0" * 400}]]'}, 400, "filter_invalid", "a finite number"),
+    ({"filter": '[["example_id", "=", "\\ud800"]]'}, 400, "filter_invalid", "a string"),
     ({"shard": "4/4"}, 400, "shard_invalid", "0 to 3"),
     ({"shard": "-1/4"}, 400, "shard_invalid", "no shard"),
     ({"shard": "0/0"}, 400, "shard_invalid", "1 to"),
@@ -329,6 +356,41 @@ def test_a_cursor_of_rows_that_are_gone_is_told_so(trained: Trained) -> None:
     table.delete("ready_seq < 20")
     answer = trained.ask(cursor=cursor)
     assert (answer.status_code, answer.json()["code"]) == (410, "cursor_expired")
+
+
+def test_a_reader_at_its_end_is_told_that_older_tables_were_put_back(trained: Trained) -> None:
+    """It would wait for rows, or leave out those that close until the tables have come as far again."""
+    trained.close(0, 100)
+    cursor = decode_cursor(trained.read(fms="f").cursors[-1], dataset=trained.dataset, partitions=3)
+    further = tuple(end + 40 for end in cursor.end)
+    ahead = encode_cursor(cursor.model_copy(update={"low": further, "end": further}))
+    for going in ({}, {"extend": True}, {"follow": True}):
+        answer = trained.ask(cursor=ahead, **going)
+        assert (answer.status_code, answer.json()["code"]) == (410, "cursor_expired")
+
+
+def test_where_few_rows_match_empty_batches_say_how_far_was_looked(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "STRIDE_ROWS", 60)
+    trained.close(0, 300)
+    total = trained.read().table.num_rows
+    wanted = trained.read(filter='[["example_id", "=", "nobody"]]')
+    assert wanted.ids == []
+    assert len(wanted.cursors) > 3
+    left = [decode_cursor(cursor, dataset=trained.dataset, partitions=3).num_rows for cursor in wanted.cursors]
+    assert left == sorted(left, reverse=True)
+    assert left[0] < total
+    assert left[-1] == 0
+    assert trained.read(filter='[["example_id", "=", "nobody"]]').content == wanted.content
+    few = expected_order(trained)[::50]
+    found = trained.read(filter=json.dumps([["example_id", "in", few]]), batch_rows=2)
+    assert found.ids == few
+    for cursor in found.cursors:
+        rest = trained.read(cursor=cursor).ids
+        assert rest == few[len(few) - len(rest) :]
+    whole = [batch.num_rows for batch in trained.read(batch_rows=16).batches]
+    assert whole == [16] * (total // 16) + [total % 16]
 
 
 def test_a_cursor_of_rows_that_the_tables_never_had_is_told_so(trained: Trained) -> None:

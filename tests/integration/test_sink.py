@@ -83,6 +83,16 @@ def test_a_repeat_that_failed_after_its_example_was_scored_is_no_failure(feeding
     assert metric(sink, "das_dead_letters", fm="f") == 1
 
 
+def test_the_gap_and_the_age_of_the_newest_supervision_are_told(feeding: Feeding) -> None:
+    """Snapshot s1 ends a day before noon, and scores at noon."""
+    feeding.declare_fm("f")
+    feeding.score("f", ["a"], event_time=NOON_US - 3_600_000_000)
+    sink = feeding.sink()
+    feeding.run(sink)
+    assert metric(sink, "das_freshness_gap_seconds", fm="f") == 23 * 3_600
+    assert metric(sink, "das_supervision_age_seconds", fm="f") == 3_600
+
+
 def test_supervision_and_dead_letters_reach_their_tables(feeding: Feeding) -> None:
     feeding.declare_fm("f")
     feeding.score("f", ["a", "b"])

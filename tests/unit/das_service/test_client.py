@@ -1,11 +1,16 @@
 """The client against a transport that answers from a list: what it sends, repeats, splits and raises."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +31,8 @@ from das_service.client import (
     UnavailableError,
     UnreachableError,
 )
+from das_service.client import augment as augment_module
+from das_service.client import client as client_module
 from das_service.client.arrow import iter_chunks, to_table
 from das_service.client.http import Clock, retry_after_seconds
 from schemas.wire import read_table, write_table
@@ -444,6 +451,48 @@ def test_no_answer_until_the_deadline_is_unreachable(connect: Connect, time: Fak
     assert time.slept == [0.1, 0.2, 0.4, 0.8, 1.6]
 
 
+def augmented(request: httpx.Request) -> httpx.Response:
+    keys = sent(request)
+    return httpx.Response(200, content=write_table(pa.table({"f__status": ["present"] * keys.num_rows})))
+
+
+@pytest.mark.parametrize(
+    "failure", [httpx.ConnectError("refused"), problem(429, "busy"), problem(503, "unavailable")],
+    ids=["refused", "429", "503"],
+)  # fmt: skip
+def test_augment_tries_a_service_that_does_not_take_it_as_long_as_any_call(
+    connect: Connect, time: FakeTime, failure: Any
+) -> None:
+    client, service = connect(failure, timeout_seconds=5)
+    with pytest.raises(DasClientError) as caught:
+        client.augment("ads", rows(), fms=["f"])
+    assert caught.value.retryable
+    assert (time.slept, len(service.requests)) == ([0.1, 0.2, 0.4, 0.8, 1.6], 6)
+
+
+def test_augment_is_tried_again_when_the_service_is_lost_while_it_works(connect: Connect, time: FakeTime) -> None:
+    def loses(_: httpx.Request) -> httpx.Response:
+        time.now += 300
+        raise httpx.ReadError("lost")
+
+    refused = httpx.ConnectError("refused")
+    client, service = connect(loses, refused, refused, augmented, timeout_seconds=5)
+    assert client.augment("ads", rows(), fms=["f"])["f__status"].to_pylist() == ["present"] * 2
+    waits = [request.extensions["timeout"]["read"] for request in service.requests]
+    assert waits == pytest.approx([600, 299.9, 299.7, 299.3])
+
+
+def test_augment_of_a_service_that_works_for_ever_ends(connect: Connect, time: FakeTime) -> None:
+    def hangs(request: httpx.Request) -> httpx.Response:
+        time.now += request.extensions["timeout"]["read"]
+        raise httpx.ReadTimeout("slow")
+
+    client, service = connect(hangs)
+    with pytest.raises(UnreachableError):
+        client.augment("ads", rows(), fms=["f"])
+    assert (time.now, len(service.requests)) == (600, 1)
+
+
 @pytest.mark.parametrize(
     ("refusal", "kind"),
     [
@@ -537,6 +586,126 @@ def test_not_ready_is_an_answer(connect: Connect) -> None:
     assert len(service.requests) == 1
 
 
+# ---- long calls: what ends them, and how far they are
+
+
+class Pool(ThreadPoolExecutor):
+    """Threads; `is_ending` is set once they are told to end and what is to be cancelled is."""
+
+    is_ending = threading.Event()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+        self.is_ending.set()
+        super().shutdown(wait=wait)
+
+
+def interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("added", "on_progress", "kind"),
+    [("price", None, ValueError), ("f__status", interrupt, KeyboardInterrupt)],
+    ids=["collision", "interrupt"],
+)
+def test_augment_that_fails_sends_no_more_pieces(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, added: str, on_progress: Any, kind: type[BaseException]
+) -> None:
+    Pool.is_ending.clear()
+
+    def first_then_late(request: httpx.Request) -> httpx.Response:
+        if sent(request)["example_id"][0].as_py() != "e0":
+            assert Pool.is_ending.wait(30)
+        return httpx.Response(200, content=write_table(pa.table({added: ["present"]})))
+
+    monkeypatch.setattr(client_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(client_module, "ROWS_PER_AUGMENT", 1)
+    client, service = connect(first_then_late)
+    with pytest.raises(kind):
+        client.augment("ads", rows(20), fms=["f"], on_progress=on_progress)
+    assert len(service.requests) <= 3
+
+
+def told_rows(account: Any) -> int:
+    return account if isinstance(account, int) else account.accepted
+
+
+def accepted(request: httpx.Request) -> httpx.Response:
+    return answer({**ACCEPTED, "accepted": sent(request).num_rows}, 202)
+
+
+LONG_CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "augment": (augmented, lambda client, **options: client.augment("ads", rows(7), fms=["f"], **options)),
+    "ingest": (accepted, lambda client, **more: client.ingest_batches("ads", rows(7), rows_per_request=3, **more)),
+    "labels": (accepted, lambda client, **more: client.label_batches("ads", rows(7), rows_per_request=3, **more)),
+}
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_a_long_call_draws_a_bar_beside_telling(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(client_module, "ROWS_PER_AUGMENT", 3)
+    service, call = LONG_CALLS[name]
+    client, _ = connect(service)
+    told: list[int] = []
+
+    call(client, progress=True, on_progress=lambda account: told.append(told_rows(account)))
+
+    drawn = capsys.readouterr()
+    assert told == [3, 6, 7]
+    assert drawn.out == ""
+    assert f"{name}: 7 rows" in drawn.err
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_a_long_call_is_silent_unless_asked(connect: Connect, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    service, call = LONG_CALLS[name]
+    call(connect(service)[0])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_of_rows_that_are_read_as_they_are_sent_has_no_end(
+    connect: Connect, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, _ = connect(accepted)
+    client.ingest_batches("ads", (rows(2) for _ in range(3)), progress=True)
+    assert "ingest: 6 rows" in capsys.readouterr().err
+
+
+# ---- `das augment` as a process
+
+STUBBORN = """#!/bin/sh
+trap '' TERM INT
+echo $$ > {begun}
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_join_that_does_not_end_when_told_to_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, program = tmp_path / "begun", tmp_path / "python"
+    os.mkfifo(begun)
+    program.write_text(STUBBORN.format(begun=begun))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(augment_module, "TIDY_SECONDS", 0.2)
+
+    joins: list[int] = []
+
+    def interrupt_once_begun() -> None:
+        joins.append(int(begun.read_text()))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_once_begun)
+    thread.start()
+    with Client("http://das") as client, pytest.raises(KeyboardInterrupt):
+        client.augment_files("ads", "in.parquet", "out.parquet", fms=["f"])
+    thread.join()
+    with pytest.raises(ProcessLookupError):  # it is gone, and waited for
+        os.kill(joins[0], 0)
+
+
 # ---- what is imported: I10
 
 _BLOCK = """
@@ -575,6 +744,20 @@ assert client.lookup("ads", ["b", "a"], fms=["f"]).to_pylist() == [{"example_id"
 """
     done = run_python(program, _LIGHT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bar_without_rich_says_what_to_install_before_anything_is_sent() -> None:
+    program = """
+from das_service.client import Client, DasClientError
+try:
+    Client("http://127.0.0.1:1").ingest_batches("ads", [{"example_id": "a"}], progress=True)
+except DasClientError as error:
+    print(error.code, error)
+"""
+    done = run_python(program, _LIGHT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("no_rich ")
+    assert "pip install rich" in done.stdout
 
 
 def test_the_api_imports_without_torch() -> None:

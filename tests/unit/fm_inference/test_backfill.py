@@ -1,6 +1,7 @@
 """Which snapshot scores which stored example, how a backfill is held back, and what its options may be."""
 
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -77,6 +78,31 @@ def test_a_backfill_that_is_to_stop_waits_for_nothing() -> None:
         stopping=stopping,
     )  # fmt: skip
     assert not pace.wait(5)
+
+
+def test_a_backfill_scores_no_more_rows_a_second_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part waits until those before it have had their time; time that was lost is not made up for."""
+    now, waited = 100.0, []
+
+    class Stopping(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal now
+            waited.append(timeout)
+            now += timeout or 0.0
+            return False
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace = Pace(
+        lambda: Backlog(scored_bytes=0, live_rows=0), most_bytes=1, most_live_rows=1, rows_per_second=50.0,
+        stopping=Stopping(),
+    )  # fmt: skip
+    for num_rows in (100, 25, 100):
+        assert pace.wait(num_rows)
+    assert waited == [0.0, 2.0, 0.5]
+    now += 60.0
+    assert pace.wait(100)
+    assert pace.wait(1)
+    assert waited[3:] == [0.0, 2.0]
 
 
 def test_a_date_is_its_midnight_in_utc_and_a_time_needs_an_offset() -> None:
