@@ -136,7 +136,7 @@ def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens, stopp
         replays=Permits(1),
         augments=Permits(settings.max_concurrent_augments),
         readers=Permits(settings.max_concurrent_readers),
-        duck=Duck(memory_bytes=settings.duckdb_memory_bytes),
+        duck=Duck(memory_bytes=settings.duckdb_memory_bytes, joins_as_written=True),
         page_budget=PageBudget(total_bytes=settings.batches_memory_bytes),
         page_pool=page_pool(),
         coverage=Coverage(metrics),

@@ -130,7 +130,7 @@ def _stream(pipe: Connection, redis_url: str, tables_uri: str) -> None:
     settings = load_settings({}, redis_url=redis_url, tables_uri=tables_uri)
     folder = Folder(settings.tables_uri)
     with (
-        closing(Duck(memory_bytes=settings.duckdb_memory_bytes)) as duck,
+        closing(Duck(memory_bytes=settings.duckdb_memory_bytes, joins_as_written=True)) as duck,
         page_pool() as pool,
         redis.Redis.from_url(redis_url, protocol=2) as server,
     ):

@@ -317,7 +317,7 @@ def metric(sink: Sink, name: str, **labels: str) -> float | None:
 
 def joined(feeding: Feeding, example_ids: list[str]) -> list[dict[str, Any]]:
     """What a default join gives, from the tables alone."""
-    duck = Duck(memory_bytes=256 * 1024 * 1024)
+    duck = Duck(memory_bytes=256 * 1024 * 1024, joins_as_written=True)
     query = LookupQuery(fms=("f",), embedding_format="encoded")
     join = OfflineJoin(duck, feeding.folder, read_catalog(feeding.client), "ads", query, client=None)
     batch = pa.RecordBatch.from_pydict({"example_id": pa.array(example_ids, pa.string())})

@@ -109,7 +109,7 @@ def _reading(settings: "Settings", client: "redis.Redis") -> Iterator["Reading"]
     keep_freed_memory()
     tables = Folder(settings.tables_uri, settings.storage_options)
     registry = Registry(client, tables)  # of which the copy beside the tables is read, without the server
-    duck, pool = Duck(memory_bytes=settings.duckdb_memory_bytes), page_pool()
+    duck, pool = Duck(memory_bytes=settings.duckdb_memory_bytes, joins_as_written=True), page_pool()
     try:
         yield Reading(
             duck=duck,

@@ -123,7 +123,7 @@ def open_duck(memory_bytes: int) -> Duck:
 
     In less it partitions its hash tables early, which costs what joining two at a time gives.
     """
-    return Duck(memory_bytes=memory_bytes * 3 // 2, concurrency=WINDOWS_AT_ONCE)
+    return Duck(memory_bytes=memory_bytes * 3 // 2, concurrency=WINDOWS_AT_ONCE, joins_as_written=True)
 
 
 def iter_joined(sources: Sequence[Source], join: OfflineJoin, *, window_rows: int) -> Iterator[tuple[Window, Joined]]:

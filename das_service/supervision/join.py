@@ -47,7 +47,7 @@ from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.snapshot import OutputColumns
 from schemas.supervision import FAILED, online_layout
-from schemas.tables import dead_letters_table, supervision_table
+from schemas.tables import EXAMPLE_HASH, dead_letters_table, supervision_table
 
 _BATCH_ROWS = 32_768
 _ID_BYTES = 256
@@ -325,6 +325,13 @@ class _WindowJoin:
         source = self._fm.supervision.source(self._cursor, self._days, kinds=ALL_KINDS if is_pinned else SERVED)
         if source is None or self._fm.record.outputs is None:
             return
+        first, last = self._window.times or self._window.span()
+        self._find(source, "asked", _between(first, last))
+        if self._window.times is None and not self._found.all():
+            self._find_at_other_times(source, f"NOT ({_between(first, last)})")
+
+    def _find(self, source: str, asked: str, times: str) -> None:
+        """Take what the rows of the times say of the rows of `asked`, which is what DuckDB builds its hash table of."""
         outputs = [name for name in self._values if not name.startswith("_")]
         ids = ", ".join(f"'{name}'" for name in self._fm.record.snapshots)
         columns = ", ".join(f'"{name}"' for name in outputs)
@@ -334,11 +341,38 @@ class _WindowJoin:
             f"SELECT a.row AS _row, s.* EXCLUDE ({key}{self._position()}) "  # noqa: S608 - declared names
             f"FROM (SELECT {key}, epoch_us(event_time) AS _event_time, epoch_us(scored_at) AS _scored_at, "
             f"CAST(enum_code(TRY_CAST(snapshot_id AS ENUM ({ids}))) AS INTEGER) AS _snapshot"
-            f"{', ' if outputs else ''}{columns}{self._position()} FROM {source}{self._condition('available_at')}) s "
-            f"JOIN asked a USING ({key}){self._within('s', 'reach')}"
+            f"{', ' if outputs else ''}{columns}{self._position()} FROM {source}"
+            f"{self._condition('available_at', times)}) s "
+            f"JOIN {asked} a USING ({key}){self._within('s', 'reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
             self._take(batch)
+
+    def _find_at_other_times(self, source: str, times: str) -> None:
+        """Look for the rows that are left at other times of their days: the caller may have another time of them.
+
+        What the tables say of an example is of one time, so there is nothing more of those that were found. Mostly
+        nothing is there either, so their hashes alone are looked for first.
+        """
+        rows, digests = self._left()
+        hashes = pa.table({"row": pa.array(rows), EXAMPLE_HASH: pa.array(keys.example_hashes(digests))})
+        self._cursor.register("hashes", hashes)
+        query = (
+            f"SELECT DISTINCT h.row FROM (SELECT {EXAMPLE_HASH} FROM {source}"  # noqa: S608 - declared names
+            f"{self._condition('available_at', times)}) s JOIN hashes h USING ({EXAMPLE_HASH})"
+        )
+        there = self._cursor.sql(query).to_arrow_table()
+        if there.num_rows:
+            self._cursor.register("there", there)
+            self._find(source, "(SELECT a.* FROM asked a JOIN there USING (row))", times)
+
+    def _left(self) -> tuple[NDArray[np.int32], pa.Array]:
+        """Give the rows that were not found yet, and the digests of their ids."""
+        left = pa.table({"row": pa.array(np.flatnonzero(~self._found).astype(np.int32))})
+        self._cursor.register("wanted", left)
+        query = "SELECT a.row, a.example_id FROM asked a JOIN wanted USING (row) WHERE a.example_id IS NOT NULL"
+        asked = self._cursor.sql(query).to_arrow_table()
+        return asked["row"].to_numpy(), keys.digest_array(asked["example_id"].combine_chunks())
 
     def _take(self, batch: pa.RecordBatch) -> None:
         """Scatter what was found, by row number."""
@@ -395,13 +429,10 @@ class _WindowJoin:
     def _position(self) -> str:
         return "" if self._limits is None else ", log_position"
 
-    def _condition(self, available_at: str) -> str:
-        """Give the condition on what is read: what the limits say, and the times of rows that are known exactly."""
-        parts = [] if self._limits is None else [self._limits.condition(available_at)]
-        if self._window.times is not None:
-            first, last = self._window.times
-            parts.append(f"event_time BETWEEN make_timestamptz({first}) AND make_timestamptz({last})")
-        return f" WHERE {' AND '.join(parts)}" if parts else ""
+    def _condition(self, available_at: str, times: str) -> str:
+        """Give the condition on what is read: what the limits say, and the times."""
+        parts = [times] if self._limits is None else [self._limits.condition(available_at), times]
+        return f" WHERE {' AND '.join(parts)}"
 
     def _within(self, table: str, reach: str) -> str:
         return "" if self._limits is None else f" WHERE {table}.log_position <= a.{reach}"
@@ -412,10 +443,11 @@ class _WindowJoin:
         source = self._fm.dead_letters.source(self._cursor, self._days)
         if source is None:
             return
-        key = self._window.key
+        key, known = self._window.key, self._window.times
+        times = "true" if known is None else _between(*known)
         query = (
             f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM "  # noqa: S608
-            f"(SELECT {key}, event_time{self._position()} FROM {source}{self._condition('failed_at')}) d "
+            f"(SELECT {key}, event_time{self._position()} FROM {source}{self._condition('failed_at', times)}) d "
             f"JOIN asked a USING ({key}){self._within('d', 'dead_reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(_BATCH_ROWS):
@@ -431,13 +463,9 @@ class _WindowJoin:
     def _find_on_the_way(self, waits: NDArray[np.bool_]) -> None:
         """Look rows up online whose partition has entries on the way; mark those that are still to be scored."""
         client, record = self._fm.client, self._fm.record
-        left = np.flatnonzero(~self._found)
-        if client is None or not len(left):
+        if client is None:
             return
-        self._cursor.register("wanted", pa.table({"row": pa.array(left.astype(np.int32))}))
-        asked = self._cursor.sql("SELECT a.row, a.example_id FROM asked a JOIN wanted USING (row)").to_arrow_table()
-        rows = asked["row"].to_numpy()
-        digest = keys.digest_array(asked["example_id"].combine_chunks())
+        rows, digest = self._left()
         partitions = keys.partitions_of(digest, self._spec.partitions)
         near = np.isin(partitions, list(self._fm.on_the_way))
         rows, partitions = rows[near], partitions[near]
@@ -463,6 +491,11 @@ _EPOCH = dt.date(1970, 1, 1).toordinal()
 def window_rows(bytes_per_row: int) -> int:
     """Give how many rows a window may have when the supervision of a row, by all FMs, takes so many bytes."""
     return max(_BATCH_ROWS, min(_WINDOW_ROWS, _WINDOW_BYTES // (bytes_per_row + _ROW_BYTES)))
+
+
+def _between(first: int, last: int) -> str:
+    """Give the condition of event_time lying between two times in microseconds, both included."""
+    return f"event_time BETWEEN make_timestamptz({first}) AND make_timestamptz({last})"
 
 
 def _values_of(column: pa.Array, like: NDArray[Any] | None) -> NDArray[Any]:

@@ -76,6 +76,11 @@ class Window:
         changes = np.flatnonzero(self.event_day[1:] != self.event_day[:-1])
         return np.unique(self.event_day[np.concatenate([[0], changes + 1])])
 
+    def span(self) -> tuple[int, int]:
+        """Give the first and the last event_time of the rows as the caller has them, in microseconds."""
+        times = [part.event_time for part in self.parts if len(part.event_time)]
+        return int(min(each.min() for each in times)), int(max(each.max() for each in times))
+
     def batches(self) -> list[pa.RecordBatch]:
         """Give all columns of the rows; of a window of Arrow batches only."""
         return [part.batch for part in self.parts if isinstance(part, BatchRows)]

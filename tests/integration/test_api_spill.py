@@ -131,7 +131,7 @@ def test_a_page_that_can_not_spill_is_507_and_served_once_it_can(
 
 @pytest.fixture
 def duck() -> Iterator[Duck]:
-    with contextlib.closing(Duck(memory_bytes=64 * MIB, threads=1)) as duck:
+    with contextlib.closing(Duck(memory_bytes=64 * MIB, threads=1, joins_as_written=True)) as duck:
         yield duck
 
 

@@ -203,7 +203,7 @@ def test_a_file_without_rows_gets_its_columns(das: Das, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def duck() -> Iterator[Duck]:
-    duck = Duck(memory_bytes=256 * 1024 * 1024)
+    duck = Duck(memory_bytes=256 * 1024 * 1024, joins_as_written=True)
     yield duck
     duck.close()
 

@@ -65,7 +65,7 @@ ODD_NAMES = [
 
 @pytest.fixture(scope="module")
 def duck() -> Iterator[Duck]:
-    duck = Duck(memory_bytes=256 * 1024 * 1024, threads=2)
+    duck = Duck(memory_bytes=256 * 1024 * 1024, threads=2, joins_as_written=True)
     yield duck
     duck.close()
 
@@ -93,7 +93,7 @@ def commits_of(rows: st.SearchStrategy[Any]) -> st.SearchStrategy[list[list[Any]
 
 @st.composite
 def fms_of(draw: st.DrawFn, name: str, outputs: OutputColumns, granularity: str) -> Fm:
-    """Give an FM and its tables: a snapshot says one thing of an example (I2)."""
+    """Give an FM and its tables: a snapshot says one thing of an example (I2), and an example has one event_time."""
     through = {snapshot_id: draw(THROUGH) for snapshot_id in draw(st.permutations(["s10", "s2", "B"]))}
     said = st.builds(
         Said,
@@ -104,13 +104,16 @@ def fms_of(draw: st.DrawFn, name: str, outputs: OutputColumns, granularity: str)
         number=st.integers(0, 2**20),
     )
     kept: dict[tuple[Any, ...], Said] = {}
+    times: dict[tuple[str, Any], int] = {}
     commits: list[list[Said]] = []
     for drawn in draw(commits_of(said)):
         commits.append([])
         for row in drawn:
-            key = (row.example_id, day_of(row.event_time, granularity), row.snapshot_id)
-            if kept.setdefault(key, row) is row:
-                commits[-1].append(row._replace(hash_of="a" if row.example_id in IMPOSTORS else None))
+            example = (row.example_id, day_of(row.event_time, granularity))
+            hash_of = "a" if row.example_id in IMPOSTORS else None
+            one = row._replace(event_time=times.setdefault(example, row.event_time), hash_of=hash_of)
+            if kept.setdefault((*example, row.snapshot_id), one) is one:
+                commits[-1].append(one)
     failed = st.builds(Failed, example_id=st.sampled_from(IDS), event_time=TIMES)
     return Fm(name, outputs, through, [commit for commit in commits if commit], draw(commits_of(failed)))
 
@@ -281,6 +284,27 @@ def test_an_example_of_another_event_day_is_another_example(duck: Duck, folder: 
     assert answers(duck, folder, fm, ["a"], time=NOON_US - NOON_US % DAY_US) == [("present", "s1", 1.0)]
     assert answers(duck, folder, fm, ["a"], time=NOON_US + DAY_US) == [("present", "s1", 2.0)]
     assert answers(duck, folder, fm, ["a"], time=NOON_US - DAY_US) == [("missing", None, None)]
+
+
+def test_an_example_is_found_by_its_day_when_the_caller_has_another_time_of_it(duck: Duck, folder: Folder) -> None:
+    """Also of several snapshots, beside rows that are found at their times and one that has no supervision."""
+    through = {"fresh": NOON_US, "after": NOON_US + 1, "old": NOON_US - DAY_US}
+    early, noon = NOON_US - DAY_US // 4, NOON_US
+    rows = [
+        said("moved", "after", scored_at=NOON_US, number=1),
+        said("moved", "old", scored_at=NOON_US + 2, number=2),
+        said("moved", "fresh", scored_at=NOON_US + 1, number=3),
+        said("there", "fresh", number=4)._replace(event_time=early),
+    ]
+    fm = written(folder, Fm("f", PLAIN, through, [rows[:2], rows[2:]]))
+    join = OfflineJoin(duck, folder, catalog_of(HAND, [fm]), "ads", LookupQuery(fms=("f",)), client=None)
+    table = caller_table([("moved", early + 1), ("there", early), ("nobody", early), ("moved", noon - 1)])
+
+    (window,) = iter_windows(iter(batches_of(table, batch_rows=10)), most_rows=10, granularity="day")
+    found = join.join(window).columns
+
+    assert found["f__status"].to_pylist() == ["present", "leaky", "missing", "present"]
+    assert found["f__snapshot_id"].to_pylist() == ["fresh", None, None, "fresh"]
 
 
 def test_tables_that_are_not_there_yet_are_missing_rows(duck: Duck, folder: Folder) -> None:

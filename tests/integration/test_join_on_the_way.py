@@ -51,7 +51,7 @@ def stand(feeding: Feeding) -> Stand:
 
 @pytest.fixture(scope="module")
 def duck() -> Iterator[Duck]:
-    duck = Duck(memory_bytes=256 * 1024 * 1024)
+    duck = Duck(memory_bytes=256 * 1024 * 1024, joins_as_written=True)
     yield duck
     duck.close()
 

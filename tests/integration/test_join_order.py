@@ -147,7 +147,7 @@ def caller_table(numbers: Numbers) -> pa.Table:
 
 
 def joined(folder: Folder, rows: Iterable[Rows], *, window_rows: int) -> pa.Table:
-    duck = Duck(memory_bytes=512 * 1024 * 1024, threads=2)
+    duck = Duck(memory_bytes=512 * 1024 * 1024, threads=2, joins_as_written=True)
     query = LookupQuery(fms=("f",), embedding_format="encoded")
     join = OfflineJoin(duck, folder, catalog_of(SPEC, [FM]), "ads", query, client=None)
     parts = [join.join(w).columns for w in iter_windows(rows, most_rows=window_rows, granularity="day")]
@@ -158,7 +158,13 @@ def joined(folder: Folder, rows: Iterable[Rows], *, window_rows: int) -> pa.Tabl
 
 def joined_files(folder: Folder, source: Path, *, memory_bytes: int, spill_bytes: int | None = None) -> pa.Table:
     """Give what `das augment` joins: windows at a time."""
-    duck = Duck(memory_bytes=memory_bytes, threads=2, concurrency=WINDOWS_AT_ONCE, spill_bytes=spill_bytes)
+    duck = Duck(
+        memory_bytes=memory_bytes,
+        threads=2,
+        concurrency=WINDOWS_AT_ONCE,
+        spill_bytes=spill_bytes,
+        joins_as_written=True,
+    )
     query = LookupQuery(fms=("f",), embedding_format="encoded")
     with closing(duck):
         join = OfflineJoin(duck, folder, catalog_of(SPEC, [FM]), "ads", query, client=None)
@@ -200,6 +206,20 @@ def test_rows_in_time_order_stand_in_the_callers_order(tables: Folder, called: N
     rows = files_of(caller_table(ordered), [tmp_path / "a.parquet"], group_rows=100_000)
 
     found = joined(tables, rows, window_rows=300_000)
+
+    assert first_difference(found, reference(ordered).combine_chunks()) == {}
+
+
+def test_rows_with_other_times_of_their_days_stand_in_the_callers_order(
+    tables: Folder, called: Numbers, tmp_path: Path
+) -> None:
+    """In the order of the stored times, a third of them at another time of their day, outside their window's."""
+    ordered = called[np.argsort(times_of(called), kind="stable")]
+    midnight = times_of(ordered) // DAY_US * DAY_US
+    moved = np.select([ordered % 6 == 1, ordered % 6 == 4], [midnight, midnight + DAY_US - 1], times_of(ordered))
+    table = caller_table(ordered).set_column(1, "event_time", pa.array(moved).cast(TIMESTAMP))
+
+    found = joined(tables, files_of(table, [tmp_path / "a.parquet"], group_rows=100_000), window_rows=100_000)
 
     assert first_difference(found, reference(ordered).combine_chunks()) == {}
 
