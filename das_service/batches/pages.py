@@ -22,7 +22,8 @@ from das_service.batches.query import FROM_CLOSED, refuse_unknown
 from das_service.errors import DasError
 from das_service.folder import Folder
 from das_service.registry import Catalog
-from das_service.supervision.join import Limits, OfflineJoin
+from das_service.supervision.fm_tables import Limits
+from das_service.supervision.join import OfflineJoin
 from das_service.supervision.windows import BatchRows, Window, days_of
 from das_service.tables.duck import Duck, source_of
 from das_service.tables.offline_store import TableReader, table_place

@@ -25,9 +25,9 @@ from das_service.door.columns import FIRST_US, LAST_US, augment_differences, can
 from das_service.door.row_errors import RowErrors
 from das_service.errors import InvalidRowsError, UnavailableError
 from das_service.scratch_folder import ScratchFolder
-from das_service.supervision.join import JOIN_MEMORY, Joined, OfflineJoin
+from das_service.supervision.join import Joined, OfflineJoin
 from das_service.supervision.windows import FileRows, Window, as_microseconds, iter_windows
-from das_service.tables.duck import Duck
+from das_service.tables.duck import JOIN_MEMORY, Duck
 
 WINDOWS_AT_ONCE = 2
 _TIME_ROWS = 1_000_000

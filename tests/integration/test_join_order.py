@@ -15,9 +15,9 @@ from das_service.errors import UnavailableError
 from das_service.folder import Folder
 from das_service.supervision.answer import LookupQuery
 from das_service.supervision.augment_files import WINDOWS_AT_ONCE, iter_joined, list_sources
-from das_service.supervision.join import JOIN_MEMORY, OfflineJoin
+from das_service.supervision.join import OfflineJoin
 from das_service.supervision.windows import Rows, iter_windows
-from das_service.tables.duck import Duck
+from das_service.tables.duck import JOIN_MEMORY, Duck
 from das_service.tables.durable_table import DurableTable
 from schemas.dataset import TIMESTAMP, DatasetSpec
 from schemas.entries import Position
