@@ -49,6 +49,7 @@ LATE_SECONDS = 10.0
 REMEMBER_SECONDS = 600.0
 _TURN_SHARE = 2  # a turn reads whole event days: the feeds, in the same thread, come first
 _PAUSE_SHARE = 10  # and a look for late labels reads weeks of `closed`
+_OLD_PAUSE_SHARE = 50  # or, for labels of old examples, all but these weeks
 _FIRST_US = -62_135_596_800_000_000  # the year 1: no event_time and no date lies before it
 _EPOCH_DAY = dt.date(1970, 1, 1)
 _DAY_US = 86_400_000_000
@@ -86,7 +87,7 @@ class Closer:
         self._watermarks = Watermarks()
         self._bounds: dict[int, Bound] = {}
         self._due_at = float("-inf")
-        self._late_due_at = float("-inf")
+        self._late_due_at = self._old_due_at = float("-inf")
         self._remembered_at = float("-inf")
         self._vacuumed_at = time.monotonic()
 
@@ -158,7 +159,7 @@ class Closer:
         if self._is_open:
             return
         self.closed.open(epoch=self.logs.epoch)
-        self.late.table.open(epoch=self.logs.epoch)
+        self.late.open(epoch=self.logs.epoch)
         self._is_open = True
         self._bounds = {}
         for partition in range(self.logs.partitions):
@@ -200,11 +201,22 @@ class Closer:
                     del self._bounds[partition]
         if now >= self._late_due_at:
             self._late_due_at = now + LATE_SECONDS
-            started_at = time.monotonic()
-            is_moved |= self.late.write_after(labels)
-            pause = _PAUSE_SHARE * (time.monotonic() - started_at)
-            self._late_due_at = now + (pause if self.late.has_more else max(LATE_SECONDS, pause))
+            is_late_moved, pause = self._look_for_late(labels, old=False)
+            self._late_due_at = now + pause
+            is_moved |= is_late_moved
+        if now >= self._old_due_at:
+            self._old_due_at = now + LATE_SECONDS
+            is_late_moved, pause = self._look_for_late(labels, old=True)
+            self._old_due_at = now + pause
+            is_moved |= is_late_moved
         return is_moved
+
+    def _look_for_late(self, labels: Feed, *, old: bool) -> tuple[bool, float]:
+        """Give whether a commit was made, and the seconds until the next look."""
+        started_at = time.monotonic()
+        is_moved = self.late.write_after(labels, old=old)
+        pause = (_OLD_PAUSE_SHARE if old else _PAUSE_SHARE) * (time.monotonic() - started_at)
+        return is_moved, pause if self.late.has_more else max(LATE_SECONDS, pause)
 
     # ---- how far
 

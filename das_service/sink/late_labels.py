@@ -1,8 +1,10 @@
 """Late labels: those that an example was closed without, each written once, whatever dies when.
 
 A label is late if it was committed after its example was closed (its position lies after `_labels_through`), or if it
-was there and lies out of its task's window. The first kind is looked for now and then, as labels come; the second right
-after each commit of `closed`. The table remembers how far each look went: in the labels log, and in ready_seq.
+was there and lies out of its task's window. The second kind is looked for right after each commit of `closed`, the
+first as labels come: often among examples of the weeks before them, where nearly all are, and seldom among the older
+ones, which are all of the table. Which of these two looks finds a label depends on its time and its example's alone.
+The table remembers how far each look went: in the labels log, and in ready_seq.
 """
 
 import datetime as dt
@@ -20,14 +22,19 @@ from schemas import keys
 from schemas.dataset import DatasetSpec
 from schemas.tables import LATE_LABELS, labels_table_schema
 
-_LOOK_BACK_DAYS = 31  # a label that comes later than that after its window stays in `labels` alone
+_RECENT = dt.timedelta(days=31)  # how long before a label its example is no old one
 _NO_END = 2**63 - 1
-_EARLIER_DAYS = 32  # a label's event_day may be the month before its example's
+_EARLIER_DAYS = 32  # an event_day is the first of a month at most; and a label's may be the month before its example's
 
 
 def labels_name(partition: int) -> str:
     """Name under which `late_labels` remembers the last position of the labels log that it looked at."""
     return f"labels/{partition}"
+
+
+def old_labels_name(partition: int) -> str:
+    """Name under which it remembers the same of the look among examples that were old when the label came."""
+    return f"old_labels/{partition}"
 
 
 class LateLabels:
@@ -36,6 +43,7 @@ class LateLabels:
     def __init__(self, work: FeedWork, closed: DurableTable, spec: DatasetSpec) -> None:
         self.spec = spec
         self.has_more = False
+        self._fruitless: dict[str, int] = {}  # how far looks went that found nothing; written with the next commit
         self._work = work
         self._closed = closed
         self.table = DurableTable(
@@ -45,8 +53,13 @@ class LateLabels:
             schema=labels_table_schema(spec),
             partitions=spec.partitions,
             retention_hours=work.settings.retention_hours,
-            numbers=[name(p) for p in range(spec.partitions) for name in (ready_name, labels_name)],
+            numbers=[name(p) for p in range(spec.partitions) for name in (ready_name, labels_name, old_labels_name)],
         )
+
+    def open(self, *, epoch: int) -> None:
+        """Take what the table remembers."""
+        self._fruitless = {}
+        self.table.open(epoch=epoch)
 
     def write_of_closed(self, labels: Feed, *, days: Collection[dt.date] | None = None) -> bool:
         """Write the labels that were there when their example was closed, and out of its window.
@@ -77,14 +90,16 @@ class LateLabels:
         self._commit(found, {ready_name(p): end for p, (_, end) in ranges.items()})
         return True
 
-    def write_after(self, labels: Feed) -> bool:
+    def write_after(self, labels: Feed, *, old: bool = False) -> bool:
         """Write the labels that were committed after their example was closed, of about a commit's labels at a time.
 
-        has_more says whether others wait for the next call.
+        old: those of examples that were old when the label was given, else the others. has_more says whether labels
+        wait for the next such call. Gives whether a commit was made.
         """
-        late = self.table.state.numbers
+        name = old_labels_name if old else labels_name
+        looked = {**self.table.state.numbers, **self._fruitless}
         through = {p: number_of(at) for p, at in labels.positions.items()}
-        behind = {p: late.get(labels_name(p), -1) for p in through}
+        behind = {p: looked.get(name(p), -1) for p in through}
         self.has_more = False
         if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
             return False
@@ -92,25 +107,38 @@ class LateLabels:
         upper = min(self._last_of_a_commit(labels, lowest), max(through.values()))
         self.has_more = any(at > upper for at in through.values())
         through = {p: max(behind[p], min(at, upper)) for p, at in through.items()}
+        found = self._committed_after(labels, lowest, upper, old=old)
+        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
+        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
+        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
+        self._fruitless |= {name(p): at for p, at in through.items()}
+        if old and not found.num_rows:
+            return False
+        self._commit(found, {})
+        return True
+
+    def _committed_after(self, labels: Feed, lowest: int, upper: int, *, old: bool) -> pa.Table:
+        """Give the labels after position `lowest`, up to `upper`, whose example was closed without them."""
         with self._work.duck.cursor() as cursor:
             days = [
                 day
                 for day, files in sorted(labels.table.days.items())
                 if any(_may_hold(file, lowest, upper) for file in files)
             ]
-            back = _LOOK_BACK_DAYS + -(-self.spec.label_window_seconds // 86_400)
-            first_closed = shifted(days[0], -back) if days else dt.date.max
-            closed_files = Sources.read(cursor, "closed", self._closed, from_day(self._closed.days, first_closed))
             label_files = Sources.read(cursor, "labels", labels.table, days)
-            query = late_after(self.spec, closed_files, label_files)
+            closed_files = Sources.read(cursor, "closed", self._closed, self._days_of(days, old=old))
+            query = late_after(self.spec, closed_files, label_files, recent=_RECENT, old=old)
             is_empty = closed_files is None or label_files is None  # a query of nothing takes no parameters
             values = {} if is_empty else {"lowest": lowest, "upper": upper}
-            found = cursor.sql(query, params=values).to_arrow_table()
-        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
-        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
-        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
-        self._commit(found, {labels_name(p): at for p, at in through.items()})
-        return True
+            return cursor.sql(query, params=values).to_arrow_table()
+
+    def _days_of(self, days: list[dt.date], *, old: bool) -> list[dt.date]:
+        """Give the event days of closed examples that are old, or are not, for some label of these days."""
+        if not days:
+            return []
+        first = shifted(days[0], -_RECENT.days - 1 - _EARLIER_DAYS)
+        last = shifted(days[-1], _EARLIER_DAYS - _RECENT.days)
+        return [day for day in sorted(self._closed.days) if (day <= last if old else day >= first)]
 
     def _last_of_a_commit(self, labels: Feed, lowest: int) -> int:
         """Give up to which log position the labels after `lowest` are about as many as a commit may have."""
@@ -125,7 +153,8 @@ class LateLabels:
     def _commit(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
         schema = labels_table_schema(self.spec)
         table = pa.table([rows[field.name].cast(field.type) for field in schema], schema=schema)
-        self.table.commit(table, {}, numbers=numbers)
+        self.table.commit(table, {}, numbers={**self._fruitless, **numbers})
+        self._fruitless = {}
         if rows.num_rows:
             self._work.metrics.late_labels.labels(self._closed.dataset).inc(rows.num_rows)
 

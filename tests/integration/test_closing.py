@@ -22,7 +22,7 @@ from das_service.sink.sink import Sink
 from das_service.tables.durable_table import DurableTable
 from tests.served import Api, Stand
 
-START = datetime(2026, 3, 1, 6, tzinfo=UTC)
+START = datetime(2025, 3, 1, 6, tzinfo=UTC)
 WINDOW, LATENESS = 30, 10
 SPEC = {
     "features": [{"name": "price", "type": "float"}],
@@ -179,7 +179,9 @@ class Reference:
 NAMES = st.sampled_from([f"e{i}" for i in range(12)])
 EXAMPLES = st.lists(st.tuples(NAMES, st.integers(0, 300)), min_size=1, max_size=6, unique_by=lambda row: row[0])
 VALUES = st.fixed_dictionaries({}, optional={"click": st.sampled_from([0.0, 1.0]), "buy": st.sampled_from([0.5, 1.0])})
-LABELS = st.lists(st.tuples(NAMES, st.integers(0, 400), VALUES.filter(bool)), min_size=1, max_size=6)
+DAY = 24 * 60
+MINUTES = st.one_of(st.integers(0, 400), st.integers(31 * DAY - 1, 31 * DAY + 300), st.just(300 * DAY))
+LABELS = st.lists(st.tuples(NAMES, MINUTES, VALUES.filter(bool)), min_size=1, max_size=6)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("examples"), EXAMPLES),
@@ -429,6 +431,30 @@ def test_late_labels_are_looked_for_in_parts_and_none_is_lost_or_doubled(stream:
         stream.settle()
 
     assert stream.late() == [("a", minute, 1.0, None) for minute in range(10, 16)]
+
+
+@pytest.mark.parametrize("granularity", ["day", "month"])
+def test_labels_of_old_examples_are_late_too_each_once(api: Api, granularity: str) -> None:
+    stream = Stream(api, f"old_{granularity}", spec={"table_granularity": granularity})
+    stream.examples(FEW)
+    stream.settle()
+    minutes = [12, 30 * DAY, 31 * DAY, 31 * DAY + 1, 65 * DAY, 200 * DAY]
+    wanted = []
+    for place, minute in enumerate(minutes):
+        stream.labels([("a", minute, {"click": 1.0}), ("nobody", minute, {"click": 1.0})])
+        wanted.append(("a", minute, 1.0, None))
+        if place % 2:
+            stream.restart(commit_rows=2)
+        stream.let_time_pass(600.0)
+        stream.let_time_pass(600.0)
+        assert stream.late() == sorted(wanted, key=str)
+    stream.restart()
+    stream.let_time_pass(600.0)
+    late = stream.late()
+    stream.stop()
+    stream.client.close()
+
+    assert late == sorted(wanted, key=str)
 
 
 def test_labels_before_anything_is_closed_are_no_problem(stream: Stream) -> None:
