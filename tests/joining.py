@@ -43,6 +43,7 @@ class Said(NamedTuple):
     scored_at: int
     number: int
     hash_of: str | None = None
+    is_backfill: bool = False
 
 
 class Failed(NamedTuple):
@@ -127,13 +128,13 @@ def table_rows(columns: dict[str, Any], schema: pa.Schema, spec: DatasetSpec) ->
     times = pa.array(columns["event_time"], pa.int64()).cast(TIMESTAMP)
     hash_of = columns.pop("hash_of", columns["example_id"])
     made = {
+        "_is_backfill": np.zeros(len(times), np.bool_),
         **columns,
         "event_time": times,
         "log_position": np.arange(len(times)),
         "event_day": event_days(times, spec.table_granularity),
         "_example_hash": keys.example_hashes(keys.digest_array(pa.array(hash_of, pa.string()))),
         "_is_shadow": np.zeros(len(times), np.bool_),
-        "_is_backfill": np.zeros(len(times), np.bool_),
     }
     arrays = [made[field.name] for field in schema]
     arrays = [array if isinstance(array, pa.Array) else pa.array(array) for array in arrays]
@@ -151,6 +152,7 @@ def _said_rows(fm: Fm, said: Sequence[Said]) -> dict[str, Any]:
         "scored_at": pa.array([row.scored_at for row in said], pa.int64()),
         "available_at": pa.array([row.scored_at + SECOND_US for row in said], pa.int64()),
         "hash_of": [row.hash_of or row.example_id for row in said],
+        "_is_backfill": [row.is_backfill for row in said],
     }
     columns |= {f"{task}__logit": [logit_of(fm, task, row.number) for row in said] for task in fm.outputs.tasks}
     columns |= {name: [embedding_of(fm, name, row.number) for row in said] for name in fm.outputs.embeddings}

@@ -117,13 +117,14 @@ def late_at_closing(spec: DatasetSpec, closed: str | None, labels: str | None) -
 def late_after(spec: DatasetSpec, closed: str | None, labels: str | None, *, recent: dt.timedelta, old: bool) -> str:
     """Give the query for labels after position $lowest, up to $upper, whose example was closed without them.
 
-    old: of examples that lie further than `recent` before the label's time; else of the others.
+    old: of examples that lie further than `recent` before the label's time, each label once; else of the others.
     """
     columns, is_late = _late_columns(spec, only_outside=False)
     if closed is None or labels is None:
         return _nothing(spec)
+    once = f"DISTINCT ON (l.log_position, l.{LOG_ROW}, l.{EXAMPLE_HASH}) " if old else ""
     return (
-        f"SELECT {columns} FROM {labels} l JOIN {closed} c ON {_SAME.format(a='l', b='c')} "  # noqa: S608
+        f"SELECT {once}{columns} FROM {labels} l JOIN {closed} c ON {_SAME.format(a='l', b='c')} "  # noqa: S608
         f"WHERE l.log_position > $lowest AND l.log_position <= $upper "
         f"AND l.log_position > c._labels_through AND ({is_late}) "
         f"AND epoch_us(l.label_time) - epoch_us(c.event_time) {'>' if old else '<='} "

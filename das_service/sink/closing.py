@@ -49,7 +49,7 @@ LATE_SECONDS = 10.0
 REMEMBER_SECONDS = 600.0
 _TURN_SHARE = 2  # a turn reads whole event days: the feeds, in the same thread, come first
 _PAUSE_SHARE = 10  # and a look for late labels reads weeks of `closed`
-_OLD_PAUSE_SHARE = 50  # or, for labels of old examples, all but these weeks
+_OLD_PAUSE_SHARE = 30  # or, for labels of old examples, a part of all but these weeks
 _FIRST_US = -62_135_596_800_000_000  # the year 1: no event_time and no date lies before it
 _EPOCH_DAY = dt.date(1970, 1, 1)
 _DAY_US = 86_400_000_000
@@ -87,7 +87,8 @@ class Closer:
         self._watermarks = Watermarks()
         self._bounds: dict[int, Bound] = {}
         self._due_at = float("-inf")
-        self._late_due_at = self._old_due_at = float("-inf")
+        self._late_due_at = float("-inf")
+        self._old_due_at: float | None = None
         self._remembered_at = float("-inf")
         self._vacuumed_at = time.monotonic()
 
@@ -199,24 +200,30 @@ class Closer:
             else:
                 for partition in closable:
                     del self._bounds[partition]
-        if now >= self._late_due_at:
-            self._late_due_at = now + LATE_SECONDS
-            is_late_moved, pause = self._look_for_late(labels, old=False)
-            self._late_due_at = now + pause
-            is_moved |= is_late_moved
-        if now >= self._old_due_at:
-            self._old_due_at = now + LATE_SECONDS
-            is_late_moved, pause = self._look_for_late(labels, old=True)
-            self._old_due_at = now + pause
-            is_moved |= is_late_moved
-        return is_moved
+        return self._look_for_late(labels, now=now) or is_moved
 
-    def _look_for_late(self, labels: Feed, *, old: bool) -> tuple[bool, float]:
-        """Give whether a commit was made, and the seconds until the next look."""
-        started_at = time.monotonic()
-        is_moved = self.late.write_after(labels, old=old)
-        pause = (_OLD_PAUSE_SHARE if old else _PAUSE_SHARE) * (time.monotonic() - started_at)
-        return is_moved, pause if self.late.has_more else max(LATE_SECONDS, pause)
+    def _look_for_late(self, labels: Feed, *, now: float) -> bool:
+        """Write late labels where a look is due; give whether a commit was made.
+
+        A look that fails is paced as others are: closing goes on meanwhile.
+        """
+        is_moved = False
+        if now >= self._late_due_at:
+            started_at = time.monotonic()
+            try:
+                is_moved = self.late.write_after(labels)
+            finally:
+                pause = _PAUSE_SHARE * (time.monotonic() - started_at)
+                self._late_due_at = now + (pause if self.late.has_more else max(LATE_SECONDS, pause))
+        if self._old_due_at is None:
+            self._old_due_at = now + LATE_SECONDS  # after a start the feeds have most to do
+        elif now >= self._old_due_at:
+            started_at = time.monotonic()
+            try:
+                is_moved |= self.late.write_old(labels)
+            finally:
+                self._old_due_at = now + max(LATE_SECONDS, _OLD_PAUSE_SHARE * (time.monotonic() - started_at))
+        return is_moved
 
     # ---- how far
 

@@ -8,7 +8,8 @@ The table remembers how far each look went: in the labels log, and in ready_seq.
 """
 
 import datetime as dt
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,13 @@ from das_service.tables.durable_table import DurableTable
 from das_service.tables.offline_store import DataFile
 from schemas import keys
 from schemas.dataset import DatasetSpec
-from schemas.tables import LATE_LABELS, labels_table_schema
+from schemas.tables import EXAMPLE_HASH, LATE_LABELS, LOG_ROW, labels_table_schema
 
 _RECENT = dt.timedelta(days=31)  # how long before a label its example is no old one
+_OLD_ROWS = 20_000_000  # of old closed examples that a turn goes over: about a second
+_OLD_COMMITS = 4  # labels of as many commits are looked for among them at once
 _NO_END = 2**63 - 1
-_EARLIER_DAYS = 32  # an event_day is the first of a month at most; and a label's may be the month before its example's
+_EARLIER_DAYS = 63  # an event_day may be the first of its month, and a label's the month before its example's
 
 
 def labels_name(partition: int) -> str:
@@ -37,12 +40,25 @@ def old_labels_name(partition: int) -> str:
     return f"old_labels/{partition}"
 
 
+@dataclass(slots=True)
+class _Look:
+    """Labels after position `lowest` up to `upper`, per partition after `behind` up to `through`."""
+
+    lowest: int
+    upper: int
+    behind: Mapping[int, int]
+    through: Mapping[int, int]
+    days: list[dt.date] = field(default_factory=list)
+    found: list[pa.Table] = field(default_factory=list)
+
+
 class LateLabels:
     """Writes the late labels of one dataset. The sink's one thread uses it; `closed` is the closer's."""
 
     def __init__(self, work: FeedWork, closed: DurableTable, spec: DatasetSpec) -> None:
         self.spec = spec
         self.has_more = False
+        self._old_look: _Look | None = None
         self._fruitless: dict[str, int] = {}  # how far looks went that found nothing; written with the next commit
         self._work = work
         self._closed = closed
@@ -58,7 +74,7 @@ class LateLabels:
 
     def open(self, *, epoch: int) -> None:
         """Take what the table remembers."""
-        self._fruitless = {}
+        self._old_look, self._fruitless = None, {}
         self.table.open(epoch=epoch)
 
     def write_of_closed(self, labels: Feed, *, days: Collection[dt.date] | None = None) -> bool:
@@ -90,65 +106,87 @@ class LateLabels:
         self._commit(found, {ready_name(p): end for p, (_, end) in ranges.items()})
         return True
 
-    def write_after(self, labels: Feed, *, old: bool = False) -> bool:
-        """Write the labels that were committed after their example was closed, of about a commit's labels at a time.
+    def write_after(self, labels: Feed) -> bool:
+        """Write labels that were committed after their example was closed, if that was no old one when they were given.
 
-        old: those of examples that were old when the label was given, else the others. has_more says whether labels
-        wait for the next such call. Gives whether a commit was made.
+        Of about a commit's labels at a time; has_more says whether others wait for the next call.
         """
-        name = old_labels_name if old else labels_name
+        self.has_more = False
+        look = self._next_look(labels, labels_name, commits=1)
+        if look is None:
+            return False
+        self.has_more = any(number_of(at) > look.upper for at in labels.positions.values())
+        days = self._days_of_labels(labels, look)
+        first = shifted(days[0], -_RECENT.days - 1 - _EARLIER_DAYS) if days else dt.date.max
+        found = self._committed_after(labels, look, from_day(self._closed.days, first), old=False)
+        self._commit(self._new_to(look, found), {labels_name(p): at for p, at in look.through.items()})
+        return True
+
+    def write_old(self, labels: Feed) -> bool:
+        """Go over some of the old examples for labels that were committed after these were closed.
+
+        Those that are found are written once all old examples were gone over, each once, of however many examples its
+        id stands for. Gives whether a commit was made.
+        """
+        look = self._old_look or self._next_look(labels, old_labels_name, commits=_OLD_COMMITS)
+        if look is None:
+            return False
+        if self._old_look is None:
+            last = shifted(max(self._days_of_labels(labels, look), default=dt.date.min), _EARLIER_DAYS - _RECENT.days)
+            look.days = [day for day in sorted(self._closed.days) if day <= last]
+            self._old_look = look
+        look.found.append(self._committed_after(labels, look, self._take_days(look), old=True))
+        if look.days:
+            return False
+        self._old_look = None
+        found = self._new_to(look, _each_once(pa.concat_tables(look.found)))
+        self._fruitless |= {old_labels_name(p): at for p, at in look.through.items()}
+        if found.num_rows:
+            self._commit(found, {})
+        return found.num_rows > 0
+
+    def _next_look(self, labels: Feed, name: Callable[[int], str], *, commits: int) -> _Look | None:
+        """Give the labels that are looked for next, about as many as so many commits have; None if there are none."""
         looked = {**self.table.state.numbers, **self._fruitless}
         through = {p: number_of(at) for p, at in labels.positions.items()}
         behind = {p: looked.get(name(p), -1) for p in through}
-        self.has_more = False
         if not self.spec.tasks or all(behind[p] >= through[p] for p in through):
-            return False
+            return None
         lowest = min(behind[p] for p in through if behind[p] < through[p])
-        upper = min(self._last_of_a_commit(labels, lowest), max(through.values()))
-        self.has_more = any(at > upper for at in through.values())
+        most_rows = commits * self._work.settings.commit_rows
+        upper = min(_last_of(labels, lowest, most_rows), max(through.values()))
         through = {p: max(behind[p], min(at, upper)) for p, at in through.items()}
-        found = self._committed_after(labels, lowest, upper, old=old)
-        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
-        since = np.array([behind.get(p, -1) for p in range(self.spec.partitions)])
-        found = found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
-        self._fruitless |= {name(p): at for p, at in through.items()}
-        if old and not found.num_rows:
-            return False
-        self._commit(found, {})
-        return True
+        return _Look(lowest=lowest, upper=upper, behind=behind, through=through)
 
-    def _committed_after(self, labels: Feed, lowest: int, upper: int, *, old: bool) -> pa.Table:
-        """Give the labels after position `lowest`, up to `upper`, whose example was closed without them."""
+    def _take_days(self, look: _Look) -> list[dt.date]:
+        """Take as many of the days that are left as a turn may go over, at least one."""
+        taken: list[dt.date] = []
+        num_rows = 0
+        while look.days and (not taken or num_rows < _OLD_ROWS):
+            taken.append(look.days.pop(0))
+            num_rows += sum(file.num_rows for file in self._closed.days.get(taken[-1], []))
+        return taken
+
+    def _committed_after(self, labels: Feed, look: _Look, days: list[dt.date], *, old: bool) -> pa.Table:
+        """Give the labels of a look whose example, of these days, was closed without them."""
         with self._work.duck.cursor() as cursor:
-            days = [
-                day
-                for day, files in sorted(labels.table.days.items())
-                if any(_may_hold(file, lowest, upper) for file in files)
-            ]
-            label_files = Sources.read(cursor, "labels", labels.table, days)
-            closed_files = Sources.read(cursor, "closed", self._closed, self._days_of(days, old=old))
+            label_files = Sources.read(cursor, "labels", labels.table, self._days_of_labels(labels, look))
+            closed_files = Sources.read(cursor, "closed", self._closed, days)
             query = late_after(self.spec, closed_files, label_files, recent=_RECENT, old=old)
             is_empty = closed_files is None or label_files is None  # a query of nothing takes no parameters
-            values = {} if is_empty else {"lowest": lowest, "upper": upper}
+            values = {} if is_empty else {"lowest": look.lowest, "upper": look.upper}
             return cursor.sql(query, params=values).to_arrow_table()
 
-    def _days_of(self, days: list[dt.date], *, old: bool) -> list[dt.date]:
-        """Give the event days of closed examples that are old, or are not, for some label of these days."""
-        if not days:
-            return []
-        first = shifted(days[0], -_RECENT.days - 1 - _EARLIER_DAYS)
-        last = shifted(days[-1], _EARLIER_DAYS - _RECENT.days)
-        return [day for day in sorted(self._closed.days) if (day <= last if old else day >= first)]
+    def _days_of_labels(self, labels: Feed, look: _Look) -> list[dt.date]:
+        """Give the days, in order, whose files may hold labels of a look."""
+        days = labels.table.days
+        return sorted(d for d, files in days.items() if any(_may_hold(f, look.lowest, look.upper) for f in files))
 
-    def _last_of_a_commit(self, labels: Feed, lowest: int) -> int:
-        """Give up to which log position the labels after `lowest` are about as many as a commit may have."""
-        files = [file for files in labels.table.days.values() for file in files if _may_hold(file, lowest, _NO_END)]
-        num_rows = 0
-        for file in sorted(files, key=_last_position):
-            num_rows += file.num_rows
-            if num_rows >= self._work.settings.commit_rows:
-                return _last_position(file)
-        return _NO_END
+    def _new_to(self, look: _Look, found: pa.Table) -> pa.Table:
+        """Give the labels that lie after their partition's own place."""
+        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
+        since = np.array([look.behind.get(p, -1) for p in range(self.spec.partitions)])
+        return found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
 
     def _commit(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
         schema = labels_table_schema(self.spec)
@@ -157,6 +195,25 @@ class LateLabels:
         self._fruitless = {}
         if rows.num_rows:
             self._work.metrics.late_labels.labels(self._closed.dataset).inc(rows.num_rows)
+
+
+def _each_once(labels: pa.Table) -> pa.Table:
+    """Give each label once: they are the same of all examples that an id stands for."""
+    place = ["log_position", LOG_ROW, EXAMPLE_HASH]
+    numbered = labels.append_column("_row", pa.array(np.arange(labels.num_rows)))
+    rows = numbered.group_by(place, use_threads=False).aggregate([("_row", "min")])["_row_min"]
+    return labels.take(rows)
+
+
+def _last_of(labels: Feed, lowest: int, most_rows: int) -> int:
+    """Give up to which log position the labels after `lowest` are about so many."""
+    files = [file for files in labels.table.days.values() for file in files if _may_hold(file, lowest, _NO_END)]
+    num_rows = 0
+    for file in sorted(files, key=_last_position):
+        num_rows += file.num_rows
+        if num_rows >= most_rows:
+            return _last_position(file)
+    return _NO_END
 
 
 def _last_position(file: DataFile) -> int:

@@ -1,7 +1,7 @@
 """An FM's tables as a join finds them when it is made, and what of them counts."""
 
 import datetime as dt
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from das_service.supervision.answer import (
 )
 from das_service.supervision.lookup import unfinished_partitions
 from das_service.tables.duck import quoted_path
-from das_service.tables.offline_store import SERVED, TablePlace, TableReader, known_rows, table_place
+from das_service.tables.offline_store import BACKFILLED, SERVED, TablePlace, TableReader, known_rows, table_place
 from schemas.tables import dead_letters_table, supervision_table
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -141,6 +141,10 @@ class Table:
         if not rows:
             return None
         return f"read_parquet([{', '.join(map(quoted_path, rows))}], hive_partitioning = false)"
+
+    def has_backfilled(self, event_days: Iterable[dt.date]) -> bool:
+        """Give whether a backfill said something of these event days."""
+        return any(file.kind == BACKFILLED for day in event_days for file in self.reader.days.get(day, []))
 
 
 def uncommitted_partitions(

@@ -98,7 +98,7 @@ class WindowJoin:
             return
         first, last = self._window.times or self._window.span()
         self._find(source, "asked", _between(first, last))
-        if self._window.times is None and not self._found.all():
+        if self._window.times is None:
             self._find_at_other_times(source, f"NOT ({_between(first, last)})")
 
     def _find(self, source: str, asked: str, times: str) -> None:
@@ -120,12 +120,16 @@ class WindowJoin:
             self._take(batch)
 
     def _find_at_other_times(self, source: str, times: str) -> None:
-        """Look for the rows that are left at other times of their days: the caller may have another time of them.
+        """Look for rows at other times of their days: the caller may have another time of them.
 
-        What the tables say of an example is of one time, so there is nothing more of those that were found. Mostly
-        nothing is there either, so their hashes alone are looked for first.
+        An example has one outcome, so there is nothing more of a row that was found, save where backfills were: of an
+        example that came with two times the outcome may have one, and what a backfill says the other. Mostly nothing is
+        there, so hashes alone are looked for first.
         """
-        rows, digests = self._left()
+        is_wanted = np.full(len(self._found), self._fm.supervision.has_backfilled(self._days)) | ~self._found
+        if not is_wanted.any():
+            return
+        rows, digests = self._digests(is_wanted)
         hashes = pa.table({"row": pa.array(rows), EXAMPLE_HASH: pa.array(keys.example_hashes(digests))})
         self._cursor.register("hashes", hashes)
         query = (
@@ -137,10 +141,9 @@ class WindowJoin:
             self._cursor.register("there", there)
             self._find(source, "(SELECT a.* FROM asked a JOIN there USING (row))", times)
 
-    def _left(self) -> tuple[NDArray[np.int32], pa.Array]:
-        """Give the rows that were not found yet, and the digests of their ids."""
-        left = pa.table({"row": pa.array(np.flatnonzero(~self._found).astype(np.int32))})
-        self._cursor.register("wanted", left)
+    def _digests(self, is_wanted: NDArray[np.bool_]) -> tuple[NDArray[np.int32], pa.Array]:
+        """Give the rows that are wanted and have an id, and the digests of these."""
+        self._cursor.register("wanted", pa.table({"row": pa.array(np.flatnonzero(is_wanted).astype(np.int32))}))
         query = "SELECT a.row, a.example_id FROM asked a JOIN wanted USING (row) WHERE a.example_id IS NOT NULL"
         asked = self._cursor.sql(query).to_arrow_table()
         return asked["row"].to_numpy(), keys.digest_array(asked["example_id"].combine_chunks())
@@ -217,9 +220,9 @@ class WindowJoin:
         key, known = self._window.key, self._window.times
         times = "true" if known is None else _between(*known)
         query = (
-            f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM "  # noqa: S608
+            f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM asked a JOIN "  # noqa: S608
             f"(SELECT {key}, event_time{self._position()} FROM {source}{self._condition('failed_at', times)}) d "
-            f"JOIN asked a USING ({key}){self._within('d', 'dead_reach')}"
+            f"USING ({key}){self._within('d', 'dead_reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(BATCH_ROWS):
             rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()
@@ -236,7 +239,7 @@ class WindowJoin:
         client, record = self._fm.client, self._fm.record
         if client is None:
             return
-        rows, digest = self._left()
+        rows, digest = self._digests(~self._found)
         partitions = keys.partitions_of(digest, self._spec.partitions)
         near = np.isin(partitions, list(self._fm.on_the_way))
         rows, partitions = rows[near], partitions[near]

@@ -17,7 +17,7 @@ from das_service.logs.records import EXAMPLES as EXAMPLES_LOG
 from das_service.metrics import Metrics
 from das_service.recover import recover
 from das_service.role import RoleContext
-from das_service.sink import feed
+from das_service.sink import feed, late_labels
 from das_service.sink.sink import Sink
 from das_service.tables.durable_table import DurableTable
 from tests.served import Api, Stand
@@ -439,7 +439,7 @@ def test_labels_of_old_examples_are_late_too_each_once(api: Api, granularity: st
     stream.examples(FEW)
     stream.settle()
     minutes = [12, 30 * DAY, 31 * DAY, 31 * DAY + 1, 65 * DAY, 200 * DAY]
-    wanted = []
+    wanted: list[tuple[str, int, float, None]] = []
     for place, minute in enumerate(minutes):
         stream.labels([("a", minute, {"click": 1.0}), ("nobody", minute, {"click": 1.0})])
         wanted.append(("a", minute, 1.0, None))
@@ -455,6 +455,33 @@ def test_labels_of_old_examples_are_late_too_each_once(api: Api, granularity: st
     stream.client.close()
 
     assert late == sorted(wanted, key=str)
+
+
+def test_old_examples_are_gone_over_a_part_at_a_time_and_a_label_of_several_is_written_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the sink is killed between two parts."""
+    monkeypatch.setattr(late_labels, "_OLD_ROWS", 1)
+    stream = Stream(api, "parts_of_old")
+    for day in range(15):
+        stream.examples([("a", day * DAY), ("b", day * DAY), ("mover", day * DAY + 12 * 60)])
+    stream.settle()
+    stream.labels(
+        [("a", 100 * DAY, {"click": 1.0}), ("b", 101 * DAY, {"buy": 0.5}), ("nobody", 100 * DAY, {"buy": 0.5})]
+    )
+    stream.settle()
+    looked = []
+    for _ in range(10):
+        stream.let_time_pass(600.0)
+        looked.append(len(stream.late()))
+        if len(looked) == 2:
+            stream.restart()
+    late = stream.late()
+    stream.stop()
+    stream.client.close()
+
+    assert looked[:2] == [0, 0]
+    assert late == [("a", 100 * DAY, 1.0, None), ("b", 101 * DAY, None, 0.5)]
 
 
 def test_labels_before_anything_is_closed_are_no_problem(stream: Stream) -> None:

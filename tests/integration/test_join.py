@@ -93,7 +93,7 @@ def commits_of(rows: st.SearchStrategy[Any]) -> st.SearchStrategy[list[list[Any]
 
 @st.composite
 def fms_of(draw: st.DrawFn, name: str, outputs: OutputColumns, granularity: str) -> Fm:
-    """Give an FM and its tables: a snapshot says one thing of an example (I2), and an example has one event_time."""
+    """Give an FM and its tables: a snapshot says one thing of an example (I2), outcomes at one time, backfills too."""
     through = {snapshot_id: draw(THROUGH) for snapshot_id in draw(st.permutations(["s10", "s2", "B"]))}
     said = st.builds(
         Said,
@@ -102,16 +102,18 @@ def fms_of(draw: st.DrawFn, name: str, outputs: OutputColumns, granularity: str)
         snapshot_id=st.sampled_from(sorted(through)),
         scored_at=st.sampled_from([BASE_US, BASE_US + 1, BASE_US - DAY_US]),
         number=st.integers(0, 2**20),
+        is_backfill=st.booleans(),
     )
     kept: dict[tuple[Any, ...], Said] = {}
-    times: dict[tuple[str, Any], int] = {}
+    times: dict[tuple[Any, ...], int] = {}
     commits: list[list[Said]] = []
     for drawn in draw(commits_of(said)):
         commits.append([])
         for row in drawn:
             example = (row.example_id, day_of(row.event_time, granularity))
             hash_of = "a" if row.example_id in IMPOSTORS else None
-            one = row._replace(event_time=times.setdefault(example, row.event_time), hash_of=hash_of)
+            time = times.setdefault((*example, row.is_backfill), row.event_time)
+            one = row._replace(event_time=time, hash_of=hash_of)
             if kept.setdefault((*example, row.snapshot_id), one) is one:
                 commits[-1].append(one)
     failed = st.builds(Failed, example_id=st.sampled_from(IDS), event_time=TIMES)
@@ -305,6 +307,19 @@ def test_an_example_is_found_by_its_day_when_the_caller_has_another_time_of_it(d
 
     assert found["f__status"].to_pylist() == ["present", "leaky", "missing", "present"]
     assert found["f__snapshot_id"].to_pylist() == ["fresh", None, None, "fresh"]
+
+
+def test_what_counts_of_outcome_and_backfill_does_not_depend_on_the_other_rows(duck: Duck, folder: Folder) -> None:
+    """An example was sent with two times: its outcome has one of them, what a backfill said the stored one."""
+    live = said("a", "live")._replace(event_time=NOON_US + 9)
+    back = said("a", "back", scored_at=NOON_US + 1)._replace(is_backfill=True)
+    fm = written(folder, Fm("f", PLAIN, {"live": NOON_US - 1, "back": NOON_US - 1}, [[live], [back]]))
+    join = OfflineJoin(duck, folder, catalog_of(HAND, [fm]), "ads", LookupQuery(fms=("f",)), client=None)
+
+    for others in ([], [("b", NOON_US + 20)]):
+        rows = iter(batches_of(caller_table([("a", NOON_US), *others]), batch_rows=10))
+        (window,) = iter_windows(rows, most_rows=10, granularity="day")
+        assert join.join(window).columns["f__snapshot_id"].to_pylist()[0] == "live"
 
 
 def test_tables_that_are_not_there_yet_are_missing_rows(duck: Duck, folder: Folder) -> None:
