@@ -12,7 +12,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from das_service.client import Client
 from das_service.folder import Folder
 from das_service.up.supervisor import RunningService, running_service
 from loadtest.join import DATASET, FM
-from loadtest.lines import Round, say, to_line
+from loadtest.lines import Round, peak_mb, say, to_line
 from loadtest.report import ROOT
 from loadtest.supervision_table import CallerFiles, declare, write
 
@@ -94,7 +93,7 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
             lines = {"augment": _by_reference(service, floor, files, num_rows, rounds)}
             join = partial(_over_http, service.url)
             measured, _ = _in_turn(join, floor, files.in_time_order, num_rows, rounds)
-        lines["augment_http"] = to_line(measured, rows=num_rows, peak_mb=_peak_mb(service))
+        lines["augment_http"] = to_line(measured, rows=num_rows, peak_mb=peak_mb(service.pid_of("api")))
     return lines
 
 
@@ -162,13 +161,6 @@ def _in_turn(
         measured.append(Round(num_rows, answers[join]["seconds"], answers[floor.join]["seconds"]))
         peak_mb = answers[join].get("peak_mb", 0)
     return measured[1:], peak_mb
-
-
-def _peak_mb(service: RunningService) -> int:
-    """Give the peak of the API's resident memory (Linux)."""
-    status = Path(f"/proc/{service.pid_of('api')}/status").read_text()
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return round(int(match[1]) * 1024 / 1e6) if match else 0
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from das_service.tables.offline_store import TableReader, table_place
 from das_service.up.supervisor import RunningService, running_service
 from loadtest.closed_table import write_closed
 from loadtest.join import DATASET, FM
-from loadtest.lines import Round, say, to_line
+from loadtest.lines import Round, peak_mb, say, to_line
 from loadtest.supervision_table import declare
 from loadtest.workload import SPEC
 from schemas.tables import CLOSED, EXAMPLES, supervision_table
@@ -54,7 +54,7 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> dict[str, Any]:
         with Timed(_join, files) as floor, Timed(_stream, service.redis_url, tables.uri_of("")) as stream:
             found = [_round(service, stream, floor, num_rows) for _ in range(rounds + 1)][1:]
             to_arrow = to_line([direct for direct, _ in found], rows=num_rows, peak_mb=stream.peak_mb)
-        over_http = to_line([http for _, http in found], rows=num_rows, peak_mb=peak_mb(service))
+        over_http = to_line([http for _, http in found], rows=num_rows, peak_mb=peak_mb(service.pid_of("api")))
         return {"batches": to_arrow, "batches_http": over_http}
 
 
@@ -70,16 +70,6 @@ def _round(service: RunningService, stream: "Timed", floor: "Timed", num_rows: i
     rates = [f"{num_rows / seconds:,.0f}" for seconds in (direct, over_http, floor_seconds)]
     say(f"      {rates[0]} rows/s, over HTTP {rates[1]}, floor {rates[2]}")
     return Round(num_rows, direct, floor_seconds), Round(num_rows, over_http, floor_seconds)
-
-
-def peak_mb(service: RunningService) -> int:
-    """Give the peak of the API's resident memory (Linux)."""
-    return _peak_mb(service.pid_of("api"))
-
-
-def _peak_mb(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)
 
 
 class Timed:
@@ -115,7 +105,7 @@ class Timed:
     @property
     def peak_mb(self) -> int:
         """The peak of its resident memory (Linux)."""
-        return _peak_mb(self._process.pid or 0)
+        return peak_mb(self._process.pid or 0)
 
 
 def _files(tables: Folder, table: str) -> list[str]:

@@ -9,7 +9,6 @@ and answer with a line of JSON; DAS_REDIS_URL and DAS_TABLES_URI say where serve
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from contextlib import closing
@@ -28,6 +27,7 @@ from das_service.supervision.answer_size import bytes_per_row
 from das_service.supervision.augment_files import iter_joined, list_sources, open_duck
 from das_service.supervision.join import OfflineJoin, window_rows
 from das_service.tables.offline_store import TableReader, table_place
+from loadtest.lines import peak_mb
 from schemas.tables import supervision_table
 
 DATASET, FM = "load", "teacher"
@@ -68,12 +68,11 @@ JOINS = {"das": join_by_reference, "floor": join_in_one_statement}
 
 
 def run(which: str, caller: Path, settings: Settings) -> dict[str, Any]:
-    """Give rows, seconds and the peak of this process's resident memory so far (Linux, which counts kilobytes)."""
+    """Give rows, seconds and the peak of this process's resident memory so far."""
     start = time.perf_counter()
     num_rows = JOINS[which](caller, settings)
     seconds = time.perf_counter() - start
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rows": num_rows, "seconds": seconds, "peak_mb": round(peak_bytes / 1e6)}
+    return {"rows": num_rows, "seconds": seconds, "peak_mb": peak_mb()}
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """A line of the record: what a stage did and what its floor did, round by round in the same run; medians and spread."""
 
+import re
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +16,15 @@ class Round:
     num_rows: int
     seconds: float
     floor_seconds: float
+
+
+def peak_mb(pid: int | str = "self") -> int:
+    """Give the peak of a process's resident memory (Linux).
+
+    Not what getrusage says, whose peak begins with that of the process that started this one.
+    """
+    (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return round(int(peak_kb) * 1024 / 1e6)
 
 
 def to_line(rounds: Sequence[Round], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON

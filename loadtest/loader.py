@@ -9,7 +9,6 @@ tables, without a service (`TableSource`). Peaks are those of the trainer's proc
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +23,9 @@ import redis
 from das_service.client import Client, TableSource
 from das_service.folder import Folder
 from das_service.up.supervisor import RunningService, running_service
-from loadtest.batches import peak_mb
 from loadtest.closed_table import write_closed
 from loadtest.join import DATASET, FM
-from loadtest.lines import Round, say, to_line
+from loadtest.lines import Round, peak_mb, say, to_line
 from loadtest.supervision_table import declare
 
 Record = dict[str, Any]
@@ -49,7 +47,7 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
         _write_joined(service, joined)
         with Reader(_load, Client(service.url)) as loader, Reader(_read_parquet, joined) as floor:
             measured = [_round(loader, floor, num_rows) for _ in range(rounds + 1)][1:]
-            peaks = {"peak_mb": loader.peak_mb, "api_peak_mb": peak_mb(service)}
+            peaks = {"peak_mb": loader.peak_mb, "api_peak_mb": peak_mb(service.pid_of("api"))}
         with Reader(_load, TableSource(service.folder.root)) as beside:
             from_tables = round(num_rows / min(beside.read(num_rows) for _ in range(2)))
     return to_line(measured, rows=num_rows, batch_rows=BATCH_ROWS, from_tables_rows_per_s=from_tables, **peaks)
@@ -119,7 +117,7 @@ def _serve(pipe: Connection, read: Callable[[Any], int], source: Source | Path) 
         start = time.perf_counter()
         found = read(source)
         seconds = time.perf_counter() - start
-        pipe.send((seconds, found, round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)))
+        pipe.send((seconds, found, peak_mb()))
 
 
 def _load(source: Source) -> int:
