@@ -136,8 +136,8 @@ def _nothing(spec: DatasetSpec) -> str:
     tasks = "".join(f', NULL::FLOAT AS "{task.name}"' for task in spec.tasks)
     head = (
         "NULL::VARCHAR AS example_id, NULL::TIMESTAMPTZ AS label_time, NULL::TIMESTAMPTZ AS received_at, "
-        f"NULL::BIGINT AS log_position, NULL::DATE AS {EVENT_DAY}, NULL::BIGINT AS {LABEL_HASH}, "
-        f"NULL::INTEGER AS {LOG_ROW}, NULL::BIGINT AS {EXAMPLE_HASH}"
+        f"NULL::BIGINT AS log_position, NULL::DATE AS {EVENT_DAY}, NULL::INTEGER AS {LOG_ROW}, "
+        f"NULL::BIGINT AS {LABEL_HASH}, NULL::BIGINT AS {EXAMPLE_HASH}"
     )
     return f"SELECT {head}{tasks} LIMIT 0"
 

@@ -27,7 +27,8 @@ _RECENT = dt.timedelta(days=31)  # how long before a label its example is no old
 _OLD_ROWS = 20_000_000  # of old closed examples that a turn goes over: about a second
 _OLD_COMMITS = 4  # labels of as many commits are looked for among them at once
 _NO_END = 2**63 - 1
-_EARLIER_DAYS = 63  # an event_day may be the first of its month, and a label's the month before its example's
+_EARLIEST_LABEL_DAYS = 32  # before its example
+_SLACK_DAYS = {"day": 0, "week": 6, "month": 30}  # how long before its rows an event_day may lie
 
 
 def labels_name(partition: int) -> str:
@@ -49,7 +50,7 @@ class _Look:
     behind: Mapping[int, int]
     through: Mapping[int, int]
     days: list[dt.date] = field(default_factory=list)
-    found: list[pa.Table] = field(default_factory=list)
+    found: pa.Table | None = None
 
 
 class LateLabels:
@@ -99,7 +100,7 @@ class LateLabels:
                 ),
             )
             read = sorted(self._closed.days if days is None else days)
-            first_label = shifted(read[0] if read else dt.date.min, -_EARLIER_DAYS)
+            first_label = shifted(read[0] if read else dt.date.min, -_EARLIEST_LABEL_DAYS - self._slack_days)
             closed_files = Sources.read(cursor, "closed", self._closed, read)
             label_files = Sources.read(cursor, "labels", labels.table, from_day(labels.table.days, first_label))
             found = cursor.sql(late_at_closing(self.spec, closed_files, label_files)).to_arrow_table()
@@ -115,11 +116,11 @@ class LateLabels:
         look = self._next_look(labels, labels_name, commits=1)
         if look is None:
             return False
-        self.has_more = any(number_of(at) > look.upper for at in labels.positions.values())
         days = self._days_of_labels(labels, look)
-        first = shifted(days[0], -_RECENT.days - 1 - _EARLIER_DAYS) if days else dt.date.max
+        first = shifted(days[0], -_RECENT.days - self._slack_days) if days else dt.date.max
         found = self._committed_after(labels, look, from_day(self._closed.days, first), old=False)
-        self._commit(self._new_to(look, found), {labels_name(p): at for p, at in look.through.items()})
+        self._commit(_of_look(look, found, self.spec), {labels_name(p): at for p, at in look.through.items()})
+        self.has_more = any(number_of(at) > look.upper for at in labels.positions.values())
         return True
 
     def write_old(self, labels: Feed) -> bool:
@@ -132,14 +133,15 @@ class LateLabels:
         if look is None:
             return False
         if self._old_look is None:
-            last = shifted(max(self._days_of_labels(labels, look), default=dt.date.min), _EARLIER_DAYS - _RECENT.days)
+            last_label = max(self._days_of_labels(labels, look), default=dt.date.min)
+            last = shifted(last_label, self._slack_days - _RECENT.days)
             look.days = [day for day in sorted(self._closed.days) if day <= last]
             self._old_look = look
-        look.found.append(self._committed_after(labels, look, self._take_days(look), old=True))
+        found = _of_look(look, self._committed_after(labels, look, self._take_days(look), old=True), self.spec)
+        look.found = found if look.found is None else _each_once(pa.concat_tables([look.found, found]))
         if look.days:
             return False
-        self._old_look = None
-        found = self._new_to(look, _each_once(pa.concat_tables(look.found)))
+        found, self._old_look = look.found, None
         self._fruitless |= {old_labels_name(p): at for p, at in look.through.items()}
         if found.num_rows:
             self._commit(found, {})
@@ -182,11 +184,9 @@ class LateLabels:
         days = labels.table.days
         return sorted(d for d, files in days.items() if any(_may_hold(f, look.lowest, look.upper) for f in files))
 
-    def _new_to(self, look: _Look, found: pa.Table) -> pa.Table:
-        """Give the labels that lie after their partition's own place."""
-        partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), self.spec.partitions)
-        since = np.array([look.behind.get(p, -1) for p in range(self.spec.partitions)])
-        return found.filter(pa.array(found["log_position"].to_numpy() > since[partitions]))
+    @property
+    def _slack_days(self) -> int:
+        return _SLACK_DAYS[self.spec.table_granularity]
 
     def _commit(self, rows: pa.Table, numbers: Mapping[str, int]) -> None:
         schema = labels_table_schema(self.spec)
@@ -195,6 +195,15 @@ class LateLabels:
         self._fruitless = {}
         if rows.num_rows:
             self._work.metrics.late_labels.labels(self._closed.dataset).inc(rows.num_rows)
+
+
+def _of_look(look: _Look, found: pa.Table, spec: DatasetSpec) -> pa.Table:
+    """Give the labels that lie in the look's span of their own partition, not only in that of all."""
+    partitions = keys.partitions_of(keys.digest_array(found["example_id"].combine_chunks()), spec.partitions)
+    since = np.array([look.behind.get(p, _NO_END) for p in range(spec.partitions)])
+    through = np.array([look.through.get(p, -1) for p in range(spec.partitions)])
+    positions = found["log_position"].to_numpy()
+    return found.filter(pa.array((positions > since[partitions]) & (positions <= through[partitions])))
 
 
 def _each_once(labels: pa.Table) -> pa.Table:

@@ -220,9 +220,9 @@ class WindowJoin:
         key, known = self._window.key, self._window.times
         times = "true" if known is None else _between(*known)
         query = (
-            f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM asked a JOIN "  # noqa: S608
+            f"SELECT a.row, epoch_us(d.event_time) AS _event_time FROM "  # noqa: S608
             f"(SELECT {key}, event_time{self._position()} FROM {source}{self._condition('failed_at', times)}) d "
-            f"USING ({key}){self._within('d', 'dead_reach')}"
+            f"JOIN asked a USING ({key}){self._within('d', 'dead_reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(BATCH_ROWS):
             rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import redis
 from deltalake import DeltaTable
@@ -20,6 +21,7 @@ from das_service.role import RoleContext
 from das_service.sink import feed, late_labels
 from das_service.sink.sink import Sink
 from das_service.tables.durable_table import DurableTable
+from schemas import keys
 from tests.served import Api, Stand
 
 START = datetime(2025, 3, 1, 6, tzinfo=UTC)
@@ -471,7 +473,7 @@ def test_old_examples_are_gone_over_a_part_at_a_time_and_a_label_of_several_is_w
     )
     stream.settle()
     looked = []
-    for _ in range(10):
+    for _ in range(20):
         stream.let_time_pass(600.0)
         looked.append(len(stream.late()))
         if len(looked) == 2:
@@ -482,6 +484,38 @@ def test_old_examples_are_gone_over_a_part_at_a_time_and_a_label_of_several_is_w
 
     assert looked[:2] == [0, 0]
     assert late == [("a", 100 * DAY, 1.0, None), ("b", 101 * DAY, None, 0.5)]
+
+
+def test_labels_that_come_while_old_examples_are_gone_over_are_written_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a partition whose log is shorter than another's, too."""
+    monkeypatch.setattr(late_labels, "_OLD_ROWS", 1)
+    names = [f"e{i}" for i in range(8)]
+    of = keys.partitions_of(keys.digest_array(pa.array(names)), 2).tolist()
+    long, short = names[of.index(0)], names[of.index(1)]
+    stream = Stream(api, "between_parts", partitions=2)
+    for day in range(12):
+        stream.examples([(long, day * DAY), (short, day * DAY)])
+        stream.examples([(name, day * DAY + 12 * 60) for name in names if name not in (long, short)])
+    stream.settle()
+    said = [(long, 100 * DAY + minute) for minute in range(6)] + [(short, 100 * DAY)]
+    for name, minute in said:
+        stream.labels([(name, minute, {"click": 1.0})])
+    stream.let_time_pass(600.0)
+    stream.let_time_pass(600.0)
+    begun = stream.late()
+    for minute in (1, 2):
+        said.append((short, 100 * DAY + minute))
+        stream.labels([(short, 100 * DAY + minute, {"click": 1.0})])
+    for _ in range(20):
+        stream.let_time_pass(600.0)
+    late = stream.late()
+    stream.stop()
+    stream.client.close()
+
+    assert begun == []
+    assert late == sorted(((name, minute, 1.0, None) for name, minute in said), key=str)
 
 
 def test_labels_before_anything_is_closed_are_no_problem(stream: Stream) -> None:
