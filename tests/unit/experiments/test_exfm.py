@@ -216,14 +216,20 @@ def test_the_kept_result_shows_what_supervision_is_worth_and_what_a_leak_is() ->
     for method in ("single", "ah"):
         assert change(method, PEEK)["ne_delta"] == pytest.approx(0, abs=1e-3)
         assert change(method, "peek_unguarded")["high"] < change(method, None)["low"]
-    for student in ("small", "large"):  # what docs/training.md says in its own words
-        told = list(findings(record, student))[:4]
-        assert all("auxiliary head" in sentence.split(" is best")[0] for sentence in told)
+    # What docs/training.md says in its own words.
+    told = {student: list(findings(record, student))[:4] for student in ("small", "large")}
+    assert all("auxiliary head is best" in one and "clearly ahead of all others" in one for one in told["large"])
+    assert "single head is best" in told["small"][0]
+    for behind_an_old_teacher in told["small"][2:]:
+        best, others = behind_an_old_teacher.split(" is best")
+        assert "auxiliary head, three scalings" in best
+        assert "not clearly better than single head" in others
+    for student in ("small", "large"):
         single, auxiliary = (values(record, student, "frozen", method, "calibration") for method in ("single", "ah"))
         assert max(single.values()) < 0.96
         assert min(auxiliary.values()) > 0.99
     leaky, honest = (values(record, "small", 0, "single", "auc", control=c) for c in ("peek_unguarded", None))
-    assert min(leaky.values()) > max(honest.values()) + 0.004
+    assert min(leaky.values()) > max(honest.values()) + 0.002
     assert record["teachers"][PEEK]["statuses"] == {"leaky": 1_000}
     one = record["one_teacher"]
     assert one["posted"] == one["forwards"][MIDDLE]
