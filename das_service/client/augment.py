@@ -5,12 +5,15 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import IO, Any, TextIO
 
 from das_service.client.errors import DasClientError
@@ -53,25 +56,46 @@ def _run(command: list[str], printed: IO[bytes], *, is_live: bool) -> tuple[str,
     It is looked at now and then: where polars was imported, an interrupt ends no wait of the system's.
     """
     environment = _terminal_environment() if is_live else None
-    process = subprocess.Popen(command, stdout=printed, stderr=subprocess.PIPE, env=environment)  # noqa: S603 - our own module
-    if process.stderr is None:
-        raise RuntimeError("the process has no pipe")
-    words = _Words(process.stderr, shown=sys.stderr if is_live else None)
+    process: subprocess.Popen[bytes] | None = None
+    words: _Words | None = None
     try:
+        with _interrupts_wait():
+            process = subprocess.Popen(command, stdout=printed, stderr=subprocess.PIPE, env=environment)  # noqa: S603 - our own module
+            words = _Words(process, shown=sys.stderr if is_live else None)
         while process.poll() is None:
             time.sleep(_LOOK_SECONDS)
     except BaseException:
-        process.terminate()
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TIDY_SECONDS)
-        finally:
-            process.kill()
+        if process is not None:
+            process.terminate()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(TIDY_SECONDS)
+            finally:
+                process.kill()
         raise
     finally:
-        process.wait()
-        words.thread.join()
+        if process is not None:
+            process.wait()
+        if words is not None:
+            words.thread.join()
     return words.kept, process.returncode
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is through: a process that is just being started would be left to itself."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # an interrupt comes to the main thread alone, and to none where it is ignored
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[-1])
 
 
 def _terminal_environment() -> dict[str, str]:
@@ -86,7 +110,10 @@ def _terminal_environment() -> dict[str, str]:
 class _Words:
     """What a process says on a pipe: its end is kept, and all of it goes to `shown` as it comes."""
 
-    def __init__(self, pipe: IO[bytes], *, shown: TextIO | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], *, shown: TextIO | None) -> None:
+        pipe = process.stderr
+        if pipe is None:
+            raise RuntimeError("the process has no pipe")
         self.kept = ""
         self.thread = threading.Thread(target=self._listen, args=(pipe, shown), name="das-augment-words", daemon=True)
         self.thread.start()
