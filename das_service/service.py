@@ -1,5 +1,7 @@
 """What the API's requests share: made once at start, handed to each as request.state.service."""
 
+import asyncio
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from das_service.batches.stream import PageBudget, page_pool
 from das_service.beats import instance_name
 from das_service.declarations import Declarations
 from das_service.door.auth import Tokens
-from das_service.door.door import Permits
+from das_service.door.door import Permits, read_body
 from das_service.door.validation import BodyLimits
 from das_service.folder import Folder
 from das_service.logs.log_guard import CatalogCache, LogGuard
@@ -51,7 +53,11 @@ async def _run(limiter: anyio.CapacityLimiter, function: Callable[_P, _R], *args
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """The parts of one API process. `door` refuses to connect to a server that lost data; `client` only reads."""
+    """The parts of one API process.
+
+    `door` refuses to connect to a server that lost data; `client` only reads. `turns` is held by a thread that makes
+    entries of an Arrow body of examples, which takes milliseconds: more at once than half the cores wait for each other.
+    """
 
     settings: Settings
     metrics: Metrics
@@ -75,6 +81,7 @@ class Service:
     page_pool: ThreadPoolExecutor
     coverage: Coverage
     threads: Threads
+    turns: threading.Semaphore
     stopping: threading.Event
 
     @property
@@ -97,6 +104,21 @@ class Service:
     async def in_page_thread(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Do the same for readers of batches, who take turns: each waits for its next page without a thread."""
         return await _run(self.threads.pages, function, *args, **kwargs)
+
+    async def read_body(self, request: Request) -> tuple[bytes, Catalog]:
+        """Give the whole body, and the registry as it was when its reading began: a busy server answers meanwhile.
+
+        Raises what either raises, the body's error first.
+        """
+        reading = read_body(
+            request, max_bytes=self.settings.max_body_bytes, timeout_seconds=self.settings.body_timeout_seconds
+        )
+        body, catalog = await asyncio.gather(reading, self.in_thread(self.catalog.current), return_exceptions=True)
+        if isinstance(body, BaseException):
+            raise body
+        if isinstance(catalog, BaseException):
+            raise catalog
+        return body, catalog
 
     def close(self) -> None:
         """Stop the background threads and close the connections."""
@@ -146,6 +168,7 @@ def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens, stopp
             probes=anyio.CapacityLimiter(_PROBE_THREADS),
             pages=anyio.CapacityLimiter(_PAGE_THREADS),
         ),
+        turns=threading.Semaphore(max(1, (os.cpu_count() or 1) // 2)),
         stopping=stopping,
     )
 

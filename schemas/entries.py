@@ -16,7 +16,6 @@ Fields (names are one byte: they are stored with each entry):
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -104,7 +103,6 @@ class Entry:
         return batch
 
 
-@lru_cache(maxsize=1024)
 def fingerprint(schema: pa.Schema) -> str:
     """Give the 16 hex digits that stand for a schema."""
     return xxhash.xxh64_hexdigest(schema.remove_metadata().serialize())

@@ -4,7 +4,7 @@ A wrong, missing or unknown column refuses the request (schema_mismatch). A valu
 its row; the other rows are kept. Work is by column; a row costs Python only when it is refused or came as JSON.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from schemas.hashing import fixed_width_values, list_elements, validity
 from schemas.names import EXAMPLE_ID_MAX_BYTES
 
 _DAY_US = 86_400_000_000
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _NOT_FINITE = "it is NaN or infinite"
 _MAX_DECODED_BYTES = 2**31 - 1  # offsets of a string column have 32 bits
 
@@ -113,26 +114,28 @@ def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: Ro
     check_times(columns["event_time"], spec, now_us=now_us, errors=errors)
     for feature in spec.features:
         _check_feature(columns[feature.name], feature, errors)
-    arrays = [columns["example_id"], columns["event_time"], *[columns[f.name] for f in spec.features]]
-    names = ["example_id", "event_time", *[f.name for f in spec.features]]
-    batch = pa.RecordBatch.from_arrays(arrays, names)
+    arrays = [ids, columns["event_time"], *[columns[feature.name] for feature in spec.features]]
     if errors.num_refused:
-        batch = batch.filter(pa.array(errors.good()))
-    digest = keys.digest_array(batch.column(0))
+        arrays = _kept(arrays, errors.good())
+    digest = keys.digest_array(arrays[0])
     first = _first_of_its_id(digest)
     if first is not None:
         rows = np.flatnonzero(errors.good())[~first]
         errors.refuse_rows(
             rows.tolist(), column="example_id", code="duplicate_in_request", message="an earlier row has the same id"
         )
-        batch, digest = batch.filter(pa.array(first)), digest.filter(pa.array(first))
-    arrays = [batch.column(0), digest, *batch.columns[1:]]
+        digest, *arrays = _kept([digest, *arrays], first)
     return ValidRows(
-        batch=pa.RecordBatch.from_arrays(arrays, schema=example_schema(spec)),
+        batch=pa.RecordBatch.from_arrays([arrays[0], digest, *arrays[1:]], schema=example_schema(spec)),
         num_refused=errors.num_refused,
         errors=errors.listed(ids),
         refused_by_code=errors.by_code(),
     )
+
+
+def _kept(arrays: Sequence[pa.Array], rows: NDArray[np.bool_]) -> list[pa.Array]:
+    mask = pa.array(rows)
+    return [array.filter(mask) for array in arrays]
 
 
 def no_rows() -> InvalidRowsError:
@@ -190,6 +193,8 @@ def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None
 def _check_floats(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
     """Refuse what is no number, and what models, which are given float32, would see as infinite."""
     values = fixed_width_values(array, np.dtype("<f8"))
+    if len(values) == 0 or (values.min() >= -_LARGEST_FLOAT32 and values.max() <= _LARGEST_FLOAT32):
+        return  # with a NaN both would be false
     with np.errstate(over="ignore", invalid="ignore"):
         fits = np.isfinite(values.astype("<f4"))
     if fits.all():

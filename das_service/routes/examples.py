@@ -1,6 +1,7 @@
 """Taking examples in."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from das_service.door.auth import Needs
-from das_service.door.door import answer_type, data_type, read_body
+from das_service.door.door import answer_type, data_type
 from das_service.door.openapi import data_body, problems
 from das_service.door.stages import Stages
 from das_service.door.trace import read_traceparent
@@ -23,6 +24,7 @@ from das_service.ingest import (
     encode_chunks,
     refuse_bad_rows,
 )
+from das_service.registry import Catalog
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.scored_wait import Awaited, awaited_rows, still_awaited, wait_until_scored
 from das_service.service import Service
@@ -113,29 +115,28 @@ async def _take(
     request: Request, service: Service, dataset: str, how: _How, stages: Stages
 ) -> tuple[dict[str, Any], list[Awaited]]:
     """Give the answer and what has yet to be scored. The body and the rows end here: a wait must not hold them."""
-    body = await read_body(
-        request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
-    )
+    body, catalog = await service.read_body(request)
     stages.end("read")
-    return await service.in_thread(_store, service, dataset, body, how, stages)
+    return await service.in_thread(_store, service, catalog, dataset, body, how, stages)
 
 
 def _store(
-    service: Service, dataset: str, body: bytes, how: _How, stages: Stages
+    service: Service, catalog: Catalog, dataset: str, body: bytes, how: _How, stages: Stages
 ) -> tuple[dict[str, Any], list[Awaited]]:
     """Validate, append, count."""
-    catalog = service.catalog.current()
     spec = catalog.spec(dataset)
     validate = validate_arrow if how.kind == ARROW_STREAM else validate_json
-    rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
-    stages.end("validate")
-    try:
-        refuse_bad_rows(rows, abort=how.abort)
-    except InvalidRowsError:
-        count_refused(service.metrics, dataset, rows)
-        raise
-    chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
-    stages.end("encode")
+    with service.turns if how.kind == ARROW_STREAM else nullcontext():
+        stages.end("turn")
+        rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
+        stages.end("validate")
+        try:
+            refuse_bad_rows(rows, abort=how.abort)
+        except InvalidRowsError:
+            count_refused(service.metrics, dataset, rows)
+            raise
+        chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
+        stages.end("encode")
     floor = service.guard.floor(dataset)
     max_bytes = max(1, service.settings.max_backlog_bytes // spec.partitions)
     try:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 
 from das_service.door.auth import Needs
-from das_service.door.door import answer_type, data_type, read_body
+from das_service.door.door import answer_type, data_type
 from das_service.door.labels import validate_labels_arrow, validate_labels_json
 from das_service.door.openapi import data_body, problems
 from das_service.door.stages import Stages
@@ -18,6 +18,7 @@ from das_service.logs.records import LABELS
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.service import Service
 from das_service.watch.monitor import refuse_ingest
+from schemas.dataset import DatasetSpec
 from schemas.wire import ARROW_STREAM, JSON
 
 router = APIRouter(tags=["labels"])
@@ -71,17 +72,19 @@ async def post_labels(
     kind, traceparent = data_type(request), read_traceparent(request)
     with service.permits.hold():
         refuse_ingest(service.monitor.findings, service.settings, dataset)
-        body = await read_body(
-            request, max_bytes=service.settings.max_body_bytes, timeout_seconds=service.settings.body_timeout_seconds
-        )
+        body, catalog = await service.read_body(request)
         stages.end("read")
-        answer = await service.in_thread(_store, service, dataset, body, kind, on_error == "abort", traceparent, stages)
+        spec = catalog.spec(dataset)
+        answer = await service.in_thread(
+            _store, service, dataset, spec, body, kind, on_error == "abort", traceparent, stages
+        )
     return JSONResponse(answer, status_code=202, headers=stages.headers())
 
 
 def _store(
     service: Service,
     dataset: str,
+    spec: DatasetSpec,
     body: bytes,
     kind: str,
     abort: bool,  # noqa: FBT001 - handed through a thread
@@ -89,7 +92,6 @@ def _store(
     stages: Stages,
 ) -> dict[str, Any]:
     """Validate, append, count; give the answer."""
-    spec = service.catalog.current().spec(dataset)
     if not spec.tasks:
         raise InvalidRowsError(f"dataset {dataset!r} has no tasks, so it takes no labels", code="no_tasks")
     validate = validate_labels_arrow if kind == ARROW_STREAM else validate_labels_json

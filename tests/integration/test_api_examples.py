@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pytest
 import redis
 
+from das_service import service
 from das_service.door.door import read_body
 from das_service.door.validation import validate_json
 from das_service.routes import examples as routes
@@ -197,7 +198,13 @@ def test_compressed_buffers_are_read(api: Api, compression: str) -> None:
 def test_an_answer_says_where_its_time_went(api: Api) -> None:
     timing = api.post(examples(0, 1)).headers["Server-Timing"]
 
-    assert [part.split(";")[0].strip() for part in timing.split(",")] == ["read", "validate", "encode", "append"]
+    assert [part.split(";")[0].strip() for part in timing.split(",")] == [
+        "read",
+        "turn",
+        "validate",
+        "encode",
+        "append",
+    ]
 
 
 def test_waiting_for_scores_answers_200_once_they_are_there(api: Api, stand: Stand) -> None:
@@ -282,7 +289,7 @@ def test_a_wait_holds_neither_the_body_nor_the_rows(api: Api, stand: Stand, monk
         is_gone = await asyncio.to_thread(body_is_gone.wait, 10)  # the thread that stored them is on its way out
         return is_gone and held[0]() is None and sum(len(item.digests) for item in awaited) == 16 * 50
 
-    monkeypatch.setattr(routes, "read_body", read)
+    monkeypatch.setattr(service, "read_body", read)
     monkeypatch.setattr(routes, "validate_json", validate)
     monkeypatch.setattr(routes, "wait_until_scored", wait)
 

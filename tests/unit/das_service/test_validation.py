@@ -90,6 +90,27 @@ def test_a_null_time_in_other_units_is_null_and_no_other_fault() -> None:
         assert [error["code"] for error in rows.errors] == ["null"]
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_floats_of_either_width_are_the_same_values(kind: pa.DataType) -> None:
+    largest = float(np.finfo(np.float32).max)
+    values = pa.array([0.5, -largest, largest, -0.0], kind)
+
+    whole = of_arrow(examples_table(0, 4, price=values))
+    parts = [examples_table(0, 1, price=values[:1]), examples_table(1, 3, price=values[1:])]
+    parted = of_arrow(pa.concat_tables(parts))
+
+    assert whole.batch.column("price") == values.cast(pa.float64())
+    assert parted.batch.column("price") == whole.batch.column("price")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.5e38])
+def test_among_good_floats_only_what_no_model_can_take_is_refused(value: float) -> None:
+    rows = of_arrow(examples_table(0, 3, price=pa.array([1.5, value, 2.5])))
+
+    assert [error["row"] for error in rows.errors] == [1]
+    assert rows.batch.column("price").to_pylist() == [1.5, 2.5]
+
+
 def test_the_future_begins_after_the_allowed_skew() -> None:
     times = pa.array([NOON_US + 300_000_000, NOON_US + 300_000_001], pa.int64()).cast(pa.timestamp("us", "UTC"))
 
