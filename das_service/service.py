@@ -56,7 +56,7 @@ class Service:
     """The parts of one API process.
 
     `door` refuses to connect to a server that lost data; `client` only reads. `turns` is held by a thread that makes
-    entries of an Arrow body of examples, which takes milliseconds: more at once than half the cores wait for each other.
+    entries of an Arrow body of examples, for some milliseconds: more at once than half the cores wait for each other.
     """
 
     settings: Settings
