@@ -73,14 +73,14 @@ FULL = Sizes(
     ingest=Size(14, 6),  # stays below the size at which the server would rewrite its log in the middle
     stream_chunks=220,
     lookup_rounds=100,
-    worker=Size(6, 4),
+    worker=Size(5, 4),
     worker_free=Size(24, 3),
     sink=Size(40, 3),
     augment_rows=5_000_000,
     augment_rounds=3,
-    batches_rows=1_000_000,
+    batches_rows=800_000,
     batches_rounds=3,
-    loader_rows=600_000,
+    loader_rows=400_000,
     loader_rounds=3,
 )
 QUICK = Sizes(
