@@ -3,8 +3,9 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -33,6 +34,8 @@ _SPARE_THREADS = 8
 _WAIT_THREADS = 4
 _PROBE_THREADS = 2
 _PAGE_THREADS = 2
+_FRESH_SECONDS = 1.0
+_TURN_SECONDS = 0.05
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -51,12 +54,18 @@ async def _run(limiter: anyio.CapacityLimiter, function: Callable[_P, _R], *args
     return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
 
 
+def _forget(asked: asyncio.Future[Catalog]) -> None:
+    """Take notice of an error that nobody waits for."""
+    if not asked.cancelled():
+        asked.exception()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """The parts of one API process.
 
-    `door` refuses to connect to a server that lost data; `client` only reads. `turns` is held by a thread that makes
-    entries of an Arrow body of examples, for some milliseconds: more at once than half the cores wait for each other.
+    `door` refuses to connect to a server that lost data; `client` only reads. `turns` are for threads that make entries
+    of an Arrow body of examples, for some milliseconds: more at once than half the cores wait for each other.
     """
 
     settings: Settings
@@ -106,19 +115,37 @@ class Service:
         return await _run(self.threads.pages, function, *args, **kwargs)
 
     async def read_body(self, request: Request) -> tuple[bytes, Catalog]:
-        """Give the whole body, and the registry as it was when its reading began: a busy server answers meanwhile.
+        """Give the whole body, and the registry as it is: the server is asked while a body comes, which takes as long.
 
-        Raises what either raises, the body's error first.
+        Raises what either raises; of a body's error nobody waits for the server.
         """
-        reading = read_body(
-            request, max_bytes=self.settings.max_body_bytes, timeout_seconds=self.settings.body_timeout_seconds
-        )
-        body, catalog = await asyncio.gather(reading, self.in_thread(self.catalog.current), return_exceptions=True)
-        if isinstance(body, BaseException):
-            raise body
-        if isinstance(catalog, BaseException):
-            raise catalog
+        loop = asyncio.get_running_loop()
+        asked_at, asked = loop.time(), asyncio.ensure_future(self.in_thread(self.catalog.current))
+        try:
+            body = await read_body(
+                request, max_bytes=self.settings.max_body_bytes, timeout_seconds=self.settings.body_timeout_seconds
+            )
+        except BaseException:
+            asked.add_done_callback(_forget)
+            raise
+        try:
+            catalog = await asked
+            if loop.time() - asked_at > _FRESH_SECONDS:
+                catalog = await self.in_thread(self.catalog.current)
+        except BaseException:
+            del body  # the traceback would keep it until the collector comes
+            raise
         return body, catalog
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold one of `turns`, or none if that takes too long: a large body must not keep the others waiting."""
+        is_held = self.turns.acquire(timeout=_TURN_SECONDS)
+        try:
+            yield
+        finally:
+            if is_held:
+                self.turns.release()
 
     def close(self) -> None:
         """Stop the background threads and close the connections."""

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Annotated, Literal, Self
 
 import pyarrow as pa
@@ -14,7 +13,6 @@ from schemas.names import NAME_PATTERN, RESERVED_FEATURES
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 TIMESTAMP = pa.timestamp("us", "UTC")
 DIGEST = pa.binary(16)
-_NUM_KEYS = 3
 
 _GROWABLE = (
     "max_future_seconds",
@@ -111,22 +109,6 @@ class DatasetSpec(BaseModel):
                 raise ValueError(f"entity_key {key!r} is not a category feature of this dataset")
         return self
 
-    @cached_property
-    def entry_schema(self) -> pa.Schema:
-        """Arrow schema of an examples chunk in the log (example_schema)."""
-        head = [
-            pa.field("example_id", pa.string(), nullable=False),
-            pa.field("example_digest", DIGEST, nullable=False),
-            pa.field("event_time", TIMESTAMP, nullable=False),
-        ]
-        return pa.schema(head + [pa.field(f.name, f.arrow_type, nullable=f.nullable) for f in self.features])
-
-    def __copy__(self) -> Self:
-        """Copy the fields alone: what was made of them may not fit a copy's (model_copy changes some)."""
-        copied = super().__copy__()
-        copied.__dict__.pop("entry_schema", None)
-        return copied
-
     @property
     def label_window_seconds(self) -> int:
         """The longest label window of its tasks: when it is over, an example's labels are what they are."""
@@ -180,8 +162,13 @@ def example_schema(spec: DatasetSpec, *, num_features: int | None = None) -> pa.
 
     Columns: example_id, example_digest (16 bytes, keys.digest of the id), event_time, then the features.
     """
-    schema = spec.entry_schema
-    return schema if num_features is None else pa.schema(list(schema)[: _NUM_KEYS + num_features])
+    features = spec.features if num_features is None else spec.features[:num_features]
+    head = [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("example_digest", DIGEST, nullable=False),
+        pa.field("event_time", TIMESTAMP, nullable=False),
+    ]
+    return pa.schema(head + [pa.field(f.name, f.arrow_type, nullable=f.nullable) for f in features])
 
 
 def label_schema(spec: DatasetSpec) -> pa.Schema:

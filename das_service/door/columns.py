@@ -223,7 +223,8 @@ def _plain_column(chunks: Sequence[pa.Array], wanted: pa.DataType, budget: Budge
 def _as_type(array: pa.Array, wanted: pa.DataType) -> pa.Array:
     """Give the array in the wanted type; float32 through numpy, which has less to do before it begins."""
     if pa.types.is_float32(array.type) and array.null_count == 0:
-        values = fixed_width_values(array, np.dtype("<f4")).astype("<f8")
+        with np.errstate(invalid="ignore"):  # a signalling NaN; what is no number is refused later
+            values = fixed_width_values(array, np.dtype("<f4")).astype("<f8")
         return pa.Array.from_buffers(wanted, len(array), [None, pa.py_buffer(values)])
     return _without_views(array).cast(wanted)
 

@@ -13,8 +13,8 @@ from das_service.door.problems import problem
 
 MAX_HEAD_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
-READ_AHEAD_BYTES = 4 * 1024 * 1024
-WAKE_SECONDS = 1.0
+READ_AHEAD_BYTES = 1024 * 1024
+WAKE_BYTES, WAKE_SECONDS = READ_AHEAD_BYTES // 2, 1.0
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -74,7 +74,7 @@ class BoundedHttp(HttpToolsProtocol):
         now = self.loop.time()
         if self._num_bytes + len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB
             self.flow.pause_reading()
-        if self._num_bytes > READ_AHEAD_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader too
+        if self._num_bytes >= WAKE_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader anyway
             self._woken_at = now
             self._hand_over()
             self.cycle.message_event.set()

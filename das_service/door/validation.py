@@ -134,8 +134,8 @@ def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: Ro
 
 
 def _kept(arrays: Sequence[pa.Array], rows: NDArray[np.bool_]) -> list[pa.Array]:
-    mask = pa.array(rows)
-    return [array.filter(mask) for array in arrays]
+    batch = pa.RecordBatch.from_arrays(arrays, [str(place) for place in range(len(arrays))])
+    return list(batch.filter(pa.array(rows)).columns)
 
 
 def no_rows() -> InvalidRowsError:

@@ -126,7 +126,7 @@ def _store(
     """Validate, append, count."""
     spec = catalog.spec(dataset)
     validate = validate_arrow if how.kind == ARROW_STREAM else validate_json
-    with service.turns if how.kind == ARROW_STREAM else nullcontext():
+    with service.turn() if how.kind == ARROW_STREAM else nullcontext():
         stages.end("turn")
         rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
         stages.end("validate")

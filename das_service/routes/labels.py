@@ -104,6 +104,7 @@ def _store(
     stages.end("encode")
     floor = service.guard.floor(dataset)
     if LABELS not in floor.logs:
+        spec = service.catalog.current().spec(dataset)  # what is written back must not be older than what is there
         service.declarations.put_dataset(dataset, spec)  # it was declared by a version without labels
         floor = service.guard.look().floors[dataset]
     max_bytes = max(1, service.settings.max_backlog_bytes // spec.partitions)

@@ -18,6 +18,8 @@ import redis
 from das_service import service
 from das_service.door.door import read_body
 from das_service.door.validation import validate_json
+from das_service.logs.log_guard import CatalogCache
+from das_service.registry import Catalog
 from das_service.routes import examples as routes
 from das_service.scored_wait import Awaited
 from das_service.settings import Settings
@@ -294,6 +296,66 @@ def test_a_wait_holds_neither_the_body_nor_the_rows(api: Api, stand: Stand, monk
     monkeypatch.setattr(routes, "wait_until_scored", wait)
 
     assert api.post(examples(0, 50), wait="scored").json()["scored"] is True
+
+
+def test_rows_that_came_slowly_are_held_against_what_is_declared_by_then(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown = {**api.http.get("/v1/datasets/ads").json()}
+    grown["features"] = [*grown["features"], {"name": "hour", "type": "float", "nullable": True}]
+    asked = threading.Event()
+    real = CatalogCache.current
+
+    def current(cache: CatalogCache) -> Catalog:
+        known = real(cache)
+        asked.set()
+        return known
+
+    async def read(request: Any, **limits: Any) -> bytes:
+        body = await read_body(request, **limits)
+        await asyncio.to_thread(asked.wait, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "read_body", read_body)
+            assert (await asyncio.to_thread(api.http.put, "/v1/datasets/ads", json=grown)).status_code == 200
+        return body
+
+    monkeypatch.setattr(service, "_FRESH_SECONDS", 0)
+    monkeypatch.setattr(CatalogCache, "current", current)
+    monkeypatch.setattr(service, "read_body", read)
+
+    assert api.post(examples(0, 1, hour=5)).status_code == 202
+
+
+def test_a_body_that_is_refused_does_not_wait_for_the_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    real = CatalogCache.current
+
+    def current(cache: CatalogCache) -> Catalog:
+        assert goes_on.wait(60)
+        return real(cache)
+
+    monkeypatch.setattr(CatalogCache, "current", current)
+    with ThreadPoolExecutor(1) as pool:
+        headers = {"Content-Encoding": "gzip", "Content-Type": ARROW_STREAM}
+        answer = pool.submit(api.http.post, "/v1/datasets/ads/examples", content=b"", headers=headers)
+        try:
+            assert answer.result(timeout=30).status_code == 415
+        finally:
+            goes_on.set()
+
+
+def test_rows_are_taken_though_others_hold_all_turns(api: Api) -> None:
+    turns = api.http.app_state["service"].turns
+    held = 0
+    while turns.acquire(blocking=False):
+        held += 1
+    try:
+        assert api.post(examples_table(0, 10)).json()["accepted"] == 10
+    finally:
+        turns.release(held)
+    assert api.post(examples_table(10, 10)).json()["accepted"] == 10
+    assert turns.acquire(blocking=False)
+    turns.release()
 
 
 def test_waits_leave_threads_for_probes_and_other_requests(

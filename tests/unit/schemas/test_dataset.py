@@ -76,17 +76,6 @@ def test_old_chunks_have_the_first_columns_of_the_grown_schema(stored: DatasetSp
     assert example_schema(grown, num_features=len(stored.features)) == example_schema(stored)
 
 
-def test_a_grown_dataset_has_the_schema_of_what_it_has_become() -> None:
-    stored = DatasetSpec(features=(build_feature("a", "float"),))
-    wanted = DatasetSpec(features=(build_feature("a", "float"), build_feature("b", "float", nullable=True)))
-    before = example_schema(stored).names
-
-    grown, _ = grow(stored, wanted)
-
-    assert example_schema(grown) == example_schema(wanted)
-    assert example_schema(stored).names == before
-
-
 def test_limits_and_windows_may_change() -> None:
     spec = DatasetSpec(features=(build_feature("a", "float"),))
     wanted = spec.model_copy(update={"max_age_days": 30, "online_ttl_seconds": 60})
