@@ -17,7 +17,7 @@ from das_service.logs.streams import Appended, AppendLimits, Chunk, append_chunk
 from das_service.metrics import Metrics
 from schemas import keys
 from schemas.dataset import DatasetSpec
-from schemas.entries import TRACEPARENT, encode_batch, head_fields
+from schemas.entries import TRACEPARENT, encode_batch, fingerprint, head_fields
 
 CHUNK_ROWS = 5_000
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -36,18 +36,20 @@ def encode_chunks(
     chunks = []
     num_features = len(spec.features) if kind == EXAMPLES else 0
     meta = {} if traceparent is None else {TRACEPARENT: traceparent}
+    stamp = fingerprint(batch.schema)
     for partition, part in split_by_partition(batch, spec.partitions):
         for piece, data in _iter_pieces(part):
-            head = head_fields(batch.schema, num_rows=piece, num_features=num_features, meta=meta)
+            head = head_fields(stamp, num_rows=piece, num_features=num_features, meta=meta)
             chunks.append(Chunk(dataset=dataset, partition=partition, kind=kind, data=data, head=head, num_rows=piece))
     return chunks
 
 
 def split_by_partition(batch: pa.RecordBatch, num_partitions: int) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Give (partition, its rows in their order) for the partitions that have any; partitions ascend."""
+    if batch.num_rows == 0:
+        return
     if num_partitions == 1:
-        if batch.num_rows:
-            yield 0, batch
+        yield 0, batch
         return
     partitions = keys.partitions_of(batch.column("example_digest"), num_partitions).astype(np.uint16)
     order = np.argsort(partitions, kind="stable")

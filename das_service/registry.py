@@ -6,6 +6,7 @@ own, and a server whose revision is behind it has been rewound.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
@@ -140,6 +141,28 @@ def read_catalog(client: redis.Redis) -> Catalog:
 def read_revision(client: redis.Redis) -> int:
     """Give the registry's revision: one small read that tells whether a cached catalog still holds."""
     return int(client.hget(keys.REGISTRY, "revision") or 0)
+
+
+@contextmanager
+def asked_revision(client: redis.Redis) -> Iterator[Callable[[], int]]:
+    """Ask for the registry's revision now, and give what waits for the answer, to be called once."""
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    is_answered = False
+
+    def answer() -> int:
+        nonlocal is_answered
+        reply = connection.read_response()
+        is_answered = True
+        return int(reply or 0)
+
+    try:
+        connection.send_command("HGET", keys.REGISTRY, "revision")
+        yield answer
+    finally:
+        if not is_answered:
+            connection.disconnect()  # else whoever gets it next would read our answer
+        pool.release(connection)
 
 
 def parse_catalog(fields: dict[str, str]) -> Catalog:

@@ -1,6 +1,5 @@
 """What the API's requests share: made once at start, handed to each as request.state.service."""
 
-import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from fastapi import Request
 from das_service.batches.stream import PageBudget, page_pool
 from das_service.beats import instance_name
 from das_service.declarations import Declarations
+from das_service.door.arrow_body import Body
 from das_service.door.auth import Tokens
 from das_service.door.door import Permits, read_body
 from das_service.door.validation import BodyLimits
@@ -34,7 +34,6 @@ _SPARE_THREADS = 8
 _WAIT_THREADS = 4
 _PROBE_THREADS = 2
 _PAGE_THREADS = 2
-_FRESH_SECONDS = 1.0
 _TURN_SECONDS = 0.05
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -52,12 +51,6 @@ class Threads:
 
 async def _run(limiter: anyio.CapacityLimiter, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
-
-
-def _forget(asked: asyncio.Future[Catalog]) -> None:
-    """Take notice of an error that nobody waits for."""
-    if not asked.cancelled():
-        asked.exception()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,28 +107,11 @@ class Service:
         """Do the same for readers of batches, who take turns: each waits for its next page without a thread."""
         return await _run(self.threads.pages, function, *args, **kwargs)
 
-    async def read_body(self, request: Request) -> tuple[bytes, Catalog]:
-        """Give the whole body, and the registry as it is: the server is asked while a body comes, which takes as long.
-
-        Raises what either raises; of a body's error nobody waits for the server.
-        """
-        loop = asyncio.get_running_loop()
-        asked_at, asked = loop.time(), asyncio.ensure_future(self.in_thread(self.catalog.current))
-        try:
-            body = await read_body(
-                request, max_bytes=self.settings.max_body_bytes, timeout_seconds=self.settings.body_timeout_seconds
-            )
-        except BaseException:
-            asked.add_done_callback(_forget)
-            raise
-        try:
-            catalog = await asked
-            if loop.time() - asked_at > _FRESH_SECONDS:
-                catalog = await self.in_thread(self.catalog.current)
-        except BaseException:
-            del body  # the traceback would keep it until the collector comes
-            raise
-        return body, catalog
+    async def read_body(self, request: Request) -> Body:
+        """Give the whole body; raises as door.read_body does."""
+        return await read_body(
+            request, max_bytes=self.settings.max_body_bytes, timeout_seconds=self.settings.body_timeout_seconds
+        )
 
     @contextmanager
     def turn(self) -> Iterator[None]:

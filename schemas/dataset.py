@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Annotated, Literal, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from schemas.gates import SnapshotGates
+from schemas.identity import Identity
 from schemas.names import NAME_PATTERN, RESERVED_FEATURES
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -162,7 +164,12 @@ def example_schema(spec: DatasetSpec, *, num_features: int | None = None) -> pa.
 
     Columns: example_id, example_digest (16 bytes, keys.digest of the id), event_time, then the features.
     """
-    features = spec.features if num_features is None else spec.features[:num_features]
+    return _example_schema(Identity(spec), num_features)
+
+
+@lru_cache(maxsize=64)  # it takes longer than the columns of a small request
+def _example_schema(spec: Identity[DatasetSpec], num_features: int | None) -> pa.Schema:
+    features = spec.of.features if num_features is None else spec.of.features[:num_features]
     head = [
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("example_digest", DIGEST, nullable=False),

@@ -113,10 +113,16 @@ def encode_batch(batch: pa.RecordBatch) -> memoryview:
     return memoryview(batch.serialize()).cast("B")
 
 
-def head_fields(schema: pa.Schema, *, num_rows: int, num_features: int, meta: Mapping[str, Any]) -> list[bytes | str]:
-    """Give the fields that the client knows, as names and values in turn; scripts add t, r, b and d."""
+def head_fields(
+    schema: pa.Schema | str, *, num_rows: int, num_features: int, meta: Mapping[str, Any]
+) -> list[bytes | str]:
+    """Give the fields that the client knows, as names and values in turn; scripts add t, r, b and d.
+
+    schema: or its fingerprint, for many entries of one schema.
+    """
+    stamp = schema if isinstance(schema, str) else fingerprint(schema)
     return [
-        "v", str(FORMAT), "s", fingerprint(schema), "c", str(num_features), "n", str(num_rows),
+        "v", str(FORMAT), "s", stamp, "c", str(num_features), "n", str(num_rows),
         "m", json.dumps(meta, separators=(",", ":"), sort_keys=True),
     ]  # fmt: skip
 

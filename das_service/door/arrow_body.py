@@ -9,7 +9,7 @@ Source: https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format 
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from das_service.errors import BadRequestError, TooLargeError
 
-Body: TypeAlias = "bytes | mmap.mmap"
+Body: TypeAlias = "bytes | memoryview | mmap.mmap"
 MAX_METADATA_BYTES = 8 * 1024 * 1024
 MAX_BATCHES = 4096
 _WORK_FACTOR = 8
@@ -44,7 +44,7 @@ class Budget:
 
 
 def read_batches(
-    body: bytes, *, budget: Budget, max_rows: int, expect: Callable[[pa.Schema], None]
+    body: Body, *, budget: Budget, max_rows: int, expect: Callable[[pa.Schema], None]
 ) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     """Give the schema and the batches of a whole IPC stream, each valid in every byte.
 
@@ -165,18 +165,17 @@ def _measure_batch(
 def _decoded_bytes(body: Body, batch: "_Table", span: tuple[int, int]) -> int:
     """Give the bytes of a batch's buffers once decompressed."""
     start, length = span
-    compressed = batch.has(3)
+    offsets, sizes = batch.pairs(2)
+    if any(offset < 0 or size < 0 or offset + size > length for offset, size in zip(offsets, sizes, strict=True)):
+        raise _damaged()
+    if not batch.has(3):
+        return sum(sizes)
     total = 0
-    for offset, size in batch.pairs(2):
-        if offset < 0 or size < 0 or offset + size > length:
+    for offset, size in zip(offsets, sizes, strict=True):
+        (stated,) = struct.unpack_from("<q", body, start + offset) if size >= 8 else (-1,)
+        if stated < -1:
             raise _damaged()
-        if compressed and size >= 8:
-            (stated,) = struct.unpack_from("<q", body, start + offset)
-            if stated < -1:
-                raise _damaged()
-            total += size if stated == -1 else stated
-        else:
-            total += size
+        total += size if stated == -1 else stated
     return total
 
 
@@ -202,16 +201,16 @@ class _Table:
         """Give a table that a field refers to."""
         return _Table(self.body, self._target(slot), self.first, self.last)
 
-    def pairs(self, slot: int) -> list[tuple[int, int]]:
-        """Give the structs of two int64 of a vector field."""
+    def pairs(self, slot: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Give the structs of two int64 of a vector field, the first ones and the second ones."""
         if not self.has(slot):
-            return []
+            return (), ()
         at = self._target(slot)
         count = int(self._unpack("<I", at))
         if count * 16 > self.last - at - 4:
             raise _damaged()
         values = struct.unpack_from(f"<{2 * count}q", self.body, at + 4)
-        return list(zip(values[0::2], values[1::2], strict=True))
+        return values[0::2], values[1::2]
 
     def _place(self, slot: int) -> int:
         vtable = self.at - int(self._unpack("<i", self.at))

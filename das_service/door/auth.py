@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from das_service.errors import DasError
@@ -69,18 +69,18 @@ def load_tokens(settings: Settings) -> Tokens:
     return Tokens(tuple(records))
 
 
-_bearer = HTTPBearer(auto_error=False, description="A token of DAS_TOKENS_FILE with the scope that a call needs.")
-
-
-class Needs:
+class Needs(HTTPBearer):
     """Dependency: the caller has this scope. `request.state.caller` then names it: its token, or LOOPBACK."""
 
     def __init__(self, scope: Scope) -> None:
+        super().__init__(
+            scheme_name=HTTPBearer.__name__,
+            description="A token of DAS_TOKENS_FILE with the scope that a call needs.",
+            auto_error=False,
+        )
         self.scope = scope
 
-    async def __call__(
-        self, request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> None:
+    async def __call__(self, request: Request) -> None:  # type: ignore[override] # who it is stands in the state
         """Refuse the request if its token does not allow it.
 
         Raises:
@@ -90,6 +90,7 @@ class Needs:
         request.state.caller = LOOPBACK
         if not tokens.records:
             return
+        credentials = await super().__call__(request)
         scopes = None if credentials is None else tokens.scopes_of(credentials.credentials)
         if scopes is None:
             raise DasError(

@@ -7,6 +7,8 @@ Expansion is held against the request's budget before it happens.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from das_service.door.arrow_body import Budget
-from das_service.door.row_errors import RowErrors
+from das_service.door.row_errors import MAX_LISTED, RowErrors
+from das_service.errors import InvalidRowsError
 from schemas.dataset import TIMESTAMP, DatasetSpec, Feature
 from schemas.hashing import fixed_width_values, validity
+from schemas.identity import Identity
 
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
+_KEPT_SCHEMAS, _KEPT_SCHEMA_BYTES = 4, 256 * 1024
 _PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -80,6 +85,44 @@ def augment_differences(schema: pa.Schema, added: Collection[str]) -> list[dict[
 
 def _repeated(schema: pa.Schema) -> list[str]:
     return [name for name, count in Counter(schema.names).items() if count > 1]
+
+
+def refuse_unfit(schema: pa.Schema, spec: DatasetSpec) -> None:
+    """Raise if the columns of a request do not fit the dataset. One that fits is known again, as the next one has it.
+
+    Raises:
+        InvalidRowsError: schema_mismatch, with all differences.
+    """
+    known = _fitting(Identity(spec))
+    if any(schema.equals(one) for one in known.schemas):
+        return
+    refuse_differences(schema_differences(schema, spec))
+    if schema.serialize().size <= _KEPT_SCHEMA_BYTES:
+        known.schemas = (schema, *known.schemas[: _KEPT_SCHEMAS - 1])
+
+
+@dataclass(slots=True)
+class _Fitting:
+    schemas: tuple[pa.Schema, ...] = ()
+
+
+@lru_cache(maxsize=64)
+def _fitting(_: Identity[DatasetSpec]) -> _Fitting:
+    return _Fitting()
+
+
+def refuse_differences(differences: list[dict[str, str]]) -> None:
+    """Raise if there are any.
+
+    Raises:
+        InvalidRowsError: schema_mismatch, with all differences.
+    """
+    if differences:
+        told = "; ".join(f"{item['column']}: {item['message']}" for item in differences[:5])
+        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+        raise InvalidRowsError(
+            f"the columns do not fit the dataset: {told}{more}", extra={"columns": differences[:MAX_LISTED]}
+        )
 
 
 def schema_differences(schema: pa.Schema, spec: DatasetSpec) -> list[dict[str, str]]:
@@ -172,12 +215,13 @@ def canonical_columns(
         "example_id": id_column(schema, batches, budget),
         "event_time": time_column(schema, batches, errors),
     }
+    parts = [batch.columns for batch in batches]
     for feature in spec.features:
         place = place_of.get(feature.name)
         if place is None:
             columns[feature.name] = null_column(feature, num_rows, budget)
             continue
-        chunks = [batch.column(place) for batch in batches]
+        chunks = [part[place] for part in parts]
         if feature.type == "vector":
             array = _one_array(chunks, pa.list_(pa.float32()))
             columns[feature.name] = packed_vectors(array, feature, budget=budget, errors=errors)

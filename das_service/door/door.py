@@ -7,10 +7,13 @@ from email.message import Message
 from typing import TypeVar
 
 import anyio.to_thread
+import numpy as np
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from das_service.door.arrow_body import Body
+from das_service.door.http_protocol import RECEIVE_INTO
 from das_service.door.json_body import parse_model
 from das_service.errors import DasError, OverloadedError, TooLargeError
 from schemas.wire import ARROW_STREAM, JSON
@@ -19,6 +22,8 @@ DECLARATION_BYTES = 4 * 1024 * 1024
 _DRAIN_SECONDS = 2.0
 _WHOLE_BODY_FACTOR = 4
 _SLOWEST_BYTES_PER_SECOND = 4 * 1024 * 1024
+_PLACED_BYTES = 64 * 1024
+_HINDRANCES = {"transfer-encoding", "upgrade"}  # the length is not the stated one, or what follows is no body
 
 
 class Permits:
@@ -44,7 +49,7 @@ class Permits:
             self._free += 1
 
 
-async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float) -> bytes:
+async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float) -> Body:
     """Give the whole body.
 
     Raises:
@@ -52,8 +57,11 @@ async def read_body(request: Request, *, max_bytes: int, timeout_seconds: float)
         DasError: 408, it comes too slowly; 415, it is compressed as a whole.
     """
     too_large = TooLargeError(f"the body is longer than the {max_bytes} bytes that a request may have")
-    pieces = iter_body(request, max_bytes=max_bytes, timeout_seconds=timeout_seconds, too_large=too_large)
-    return b"".join([piece async for piece in pieces])
+    await _refuse_head(request, max_bytes, too_large)
+    place = _place_of_body(request)
+    pieces = _iter_pieces(request, max_bytes=max_bytes, timeout_seconds=timeout_seconds, too_large=too_large)
+    body = b"".join([piece async for piece in pieces])
+    return body if place is None else place
 
 
 async def iter_body(
@@ -65,12 +73,38 @@ async def iter_body(
         TooLargeError: too_large: it is longer, or says so up front.
         DasError: 408, it comes too slowly; 415, it is compressed as a whole.
     """
+    await _refuse_head(request, max_bytes, too_large)
+    async for piece in _iter_pieces(request, max_bytes=max_bytes, timeout_seconds=timeout_seconds, too_large=too_large):
+        yield piece
+
+
+async def _refuse_head(request: Request, max_bytes: int, too_large: TooLargeError) -> None:
+    """Raise for what the head says of the body."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise media_type_error("a Content-Encoding is not read here; Arrow can compress its own buffers")
-    stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > max_bytes:
+    if _stated_bytes(request) > max_bytes:
         await _drain(request, max_bytes)
         raise too_large
+
+
+def _stated_bytes(request: Request) -> int:
+    stated = request.headers.get("content-length", "")
+    return int(stated) if stated.isdigit() else 0
+
+
+def _place_of_body(request: Request) -> memoryview | None:
+    """Give where the body goes without a copy on its way, None if it comes in pieces."""
+    receive_into = getattr(request.state, RECEIVE_INTO, None)
+    num_bytes = _stated_bytes(request)
+    if receive_into is None or num_bytes < _PLACED_BYTES or not _HINDRANCES.isdisjoint(request.headers.keys()):
+        return None
+    place = np.empty(num_bytes, np.uint8).data  # takes no memory before something comes
+    return place if receive_into(place) else None
+
+
+async def _iter_pieces(
+    request: Request, *, max_bytes: int, timeout_seconds: float, too_large: TooLargeError
+) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
     whole_by = loop.time() + _WHOLE_BODY_FACTOR * max(timeout_seconds, max_bytes / _SLOWEST_BYTES_PER_SECOND)
     left, more = max_bytes, True

@@ -1,13 +1,16 @@
 """What comes before there is a request: uvicorn's protocol, with bounds on a request's head and our own refusals.
 
 uvicorn itself waits for a head for ever and keeps whatever it is sent of one, and of the trailer after the last chunk
-of a body; a body has its bounds in door.py. And it keeps an answer for as long as its caller does not read.
+of a body; a body has its bounds in door.py. And it keeps an answer for as long as its caller does not read. It copies
+what it reads of a body four times; a long one goes straight from the socket to its place here.
 """
 
 import asyncio
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from das_service.door.problems import problem
 
@@ -15,6 +18,7 @@ MAX_HEAD_BYTES = 64 * 1024
 SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 READ_AHEAD_BYTES = 1024 * 1024
 WAKE_BYTES, WAKE_SECONDS = READ_AHEAD_BYTES // 2, 1.0
+RECEIVE_INTO = "receive_into"  # in a request's state
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -32,6 +36,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._unread_bytes = 0
         self._pieces: list[bytes] = []
         self._num_bytes = 0
+        self._body_bytes = 0
         self._woken_at = 0.0
         self._untaken_bytes = 0
         self._write_timer: asyncio.TimerHandle | None = None
@@ -61,8 +66,9 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Hand the request over."""
         self._end_head()
-        self._unread_bytes = 0
+        self._unread_bytes = self._body_bytes = 0
         super().on_headers_complete()
+        self.scope["state"][RECEIVE_INTO] = partial(self.receive_into, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -71,6 +77,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._pieces.append(body)
         self._num_bytes += len(body)
+        self._body_bytes += len(body)
         now = self.loop.time()
         if self._num_bytes + len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB
             self.flow.pause_reading()
@@ -83,6 +90,28 @@ class BoundedHttp(HttpToolsProtocol):
         """Hand over the rest of the body."""
         self._hand_over()
         super().on_message_complete()
+
+    def receive_into(self, cycle: RequestResponseCycle, place: memoryview) -> bool:
+        """Let a request's body go to its place, whose length is the stated one; its reader then gets empty pieces.
+
+        False, and nothing is done, where that can't be or is not worth it: the body is whole already, say.
+        """
+        come = [bytes(cycle.body), *self._pieces]
+        at = sum(map(len, come))
+        if cycle is not self.cycle or not cycle.more_body or at != self._body_bytes or self.transport.is_closing():
+            return False
+        place[:at] = b"".join(come)
+        cycle.body = bytearray()
+        self._pieces, self._num_bytes = [], 0
+        self.transport.set_protocol(_BodyReceiver(self, cycle, place[at:]))
+        return True
+
+    def end_body(self) -> None:
+        """Go on after a body that the parser has not seen: with one that expects a head."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.transport.set_protocol(self)
+        self.on_message_complete()
 
     def _hand_over(self) -> None:
         """Give the reader the pieces as one `bytes`, which uvicorn hands on without a copy."""
@@ -154,3 +183,43 @@ class BoundedHttp(HttpToolsProtocol):
             lines = [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
             self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", bytes(answer.body)]))
         self.transport.close()
+
+
+class _BodyReceiver(asyncio.BufferedProtocol):
+    """A connection while the rest of a body comes; all else is passed on to its protocol of before."""
+
+    def __init__(self, http: BoundedHttp, cycle: RequestResponseCycle, place: memoryview) -> None:
+        self._http = http
+        self._cycle = cycle
+        self._place = place
+        self._woken_at = 0.0
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - as much as there is
+        """Give where the next bytes go: no more than the body has left, so that what follows it is not taken."""
+        return self._place
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take notice of what has come, and now and then let the reader know that something does."""
+        self._place = self._place[nbytes:]
+        now = self._http.loop.time()
+        if not self._place:
+            self._http.end_body()
+        elif now - self._woken_at >= WAKE_SECONDS:
+            self._woken_at = now
+            self._cycle.message_event.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Pass it on."""
+        self._http.connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """Pass it on."""
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        """Pass it on."""
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass it on."""
+        self._http.resume_writing()

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from das_service.door.arrow_body import Budget
+from das_service.door.arrow_body import Body, Budget
 from das_service.door.columns import binary_rows, null_column
 from das_service.door.row_errors import RowErrors
 from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
@@ -35,7 +35,7 @@ Differences: TypeAlias = list[dict[str, str]]
 _M = TypeVar("_M", bound=BaseModel)
 
 
-def parse_json(body: bytes, *, max_bytes: int) -> Any:  # noqa: ANN401 - whatever was sent
+def parse_json(body: Body, *, max_bytes: int) -> Any:  # noqa: ANN401 - whatever was sent
     """Give what a JSON body says. Objects with a repeated key are refused.
 
     Raises:
@@ -45,14 +45,14 @@ def parse_json(body: bytes, *, max_bytes: int) -> Any:  # noqa: ANN401 - whateve
     if len(body) > max_bytes:
         raise TooLargeError(f"a JSON body may have {max_bytes} bytes; send Arrow for more")
     try:
-        return json.loads(body.decode(), object_pairs_hook=_object)
+        return json.loads(bytes(body).decode(), object_pairs_hook=_object)
     except RecursionError:
         raise BadRequestError("the JSON body is nested too deeply") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the body is not JSON that we read: {str(error)[:200]}") from None
 
 
-def parse_model(body: bytes, model: type[_M], *, max_bytes: int) -> _M:
+def parse_model(body: Body, model: type[_M], *, max_bytes: int) -> _M:
     """Give a JSON body as the model says, strict about types.
 
     Raises:
@@ -62,7 +62,7 @@ def parse_model(body: bytes, model: type[_M], *, max_bytes: int) -> _M:
     """
     parse_json(body, max_bytes=max_bytes)
     try:
-        return model.model_validate_json(body, strict=True)
+        return model.model_validate_json(bytes(body), strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
     if found[0]["type"] == "json_invalid":
@@ -97,7 +97,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def parse_rows(body: bytes, member: str, *, max_bytes: int, max_rows: int) -> list[dict[str, Any]]:
+def parse_rows(body: Body, member: str, *, max_bytes: int, max_rows: int) -> list[dict[str, Any]]:
     """Give the rows of `{"<member>": [...]}` or of a bare list.
 
     Raises:

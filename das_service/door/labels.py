@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from das_service.door.arrow_body import read_batches
-from das_service.door.columns import id_column, label_differences, time_column
+from das_service.door.arrow_body import Body, read_batches
+from das_service.door.columns import id_column, label_differences, refuse_differences, time_column
 from das_service.door.json_body import JSON_SHARE, label_columns_of_rows, parse_rows
 from das_service.door.row_errors import RowErrors
 from das_service.door.validation import (
@@ -21,7 +21,6 @@ from das_service.door.validation import (
     check_ids,
     check_times,
     no_rows,
-    refuse_differences,
 )
 from schemas import keys
 from schemas.dataset import DatasetSpec, label_schema
@@ -32,7 +31,7 @@ _MOST_UNKNOWN = 100
 Mask = NDArray[np.bool_]
 
 
-def validate_labels_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+def validate_labels_arrow(body: Body, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
     """Give the labels of an Arrow stream that may be stored. now_us: microseconds since 1970, for label_time's bounds.
 
     Raises:
@@ -62,7 +61,7 @@ def validate_labels_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits,
     return check_labels(columns, unknown, spec, errors=errors, now_us=now_us)
 
 
-def validate_labels_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+def validate_labels_json(body: Body, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
     """Give the labels of a JSON body that may be stored; raises as validate_labels_arrow does."""
     max_bytes = limits.max_decoded_bytes // JSON_SHARE
     rows = parse_rows(body, "labels", max_bytes=max_bytes, max_rows=limits.max_rows)

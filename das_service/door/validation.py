@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from das_service.door.arrow_body import Budget, read_batches
-from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, schema_differences, valid_mask, value_bytes
+from das_service.door.arrow_body import Body, Budget, read_batches
+from das_service.door.columns import FIRST_US, LAST_US, canonical_columns, refuse_unfit, valid_mask, value_bytes
 from das_service.door.json_body import BEYOND_FLOAT32, JSON_SHARE, columns_of_rows, parse_rows
 from das_service.door.row_errors import MAX_LISTED, RowErrors
 from das_service.errors import InvalidRowsError
@@ -58,7 +58,7 @@ class ValidRows:
         return self.num_refused > MAX_LISTED
 
 
-def validate_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+def validate_arrow(body: Body, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
     """Give the rows of an Arrow stream that may be stored. now_us: microseconds since 1970, for event_time's bounds.
 
     Raises:
@@ -68,7 +68,7 @@ def validate_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us
     """
 
     def expect(schema: pa.Schema) -> None:
-        refuse_differences(schema_differences(schema, spec))
+        refuse_unfit(schema, spec)
 
     budget = limits.budget()
     schema, batches = read_batches(body, budget=budget, max_rows=limits.max_rows, expect=expect)
@@ -77,7 +77,7 @@ def validate_arrow(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us
     return check_rows(columns, spec, errors=errors, now_us=now_us)
 
 
-def validate_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
+def validate_json(body: Body, spec: DatasetSpec, *, limits: BodyLimits, now_us: int) -> ValidRows:
     """Give the rows of a JSON body that may be stored; raises as validate_arrow does."""
     rows = parse_rows(body, "examples", max_bytes=limits.max_decoded_bytes // JSON_SHARE, max_rows=limits.max_rows)
     errors = RowErrors(len(rows))
@@ -85,20 +85,6 @@ def validate_json(body: bytes, spec: DatasetSpec, *, limits: BodyLimits, now_us:
         raise no_rows()
     columns = columns_of_rows(rows, spec, budget=limits.budget(), errors=errors)
     return check_rows(columns, spec, errors=errors, now_us=now_us)
-
-
-def refuse_differences(differences: list[dict[str, str]]) -> None:
-    """Raise if there are any.
-
-    Raises:
-        InvalidRowsError: schema_mismatch, with all differences.
-    """
-    if differences:
-        told = "; ".join(f"{item['column']}: {item['message']}" for item in differences[:5])
-        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
-        raise InvalidRowsError(
-            f"the columns do not fit the dataset: {told}{more}", extra={"columns": differences[:MAX_LISTED]}
-        )
 
 
 def check_rows(columns: Mapping[str, pa.Array], spec: DatasetSpec, *, errors: RowErrors, now_us: int) -> ValidRows:

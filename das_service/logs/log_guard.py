@@ -6,17 +6,20 @@ its copy, stops all changes until a human ran `das recover`.
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import redis
 
-from das_service.errors import UnavailableError
+from das_service.errors import DasError, UnavailableError
 from das_service.folder import Folder
 from das_service.logs.records import DATASET_LOGS, read_logs_file, read_mark, table_of_log
 from das_service.logs.streams import LogProblem, check_logs, refuse_problems
-from das_service.registry import Catalog, Registry, parse_catalog, read_catalog, read_revision
+from das_service.registry import Catalog, Registry, asked_revision, parse_catalog, read_catalog, read_revision
 from schemas.entries import Position
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +178,32 @@ class CatalogCache:
                 self._guard.look().refuse_problems()
             known = self._catalog = read_catalog(self._client)
         return known
+
+    def use(self, function: Callable[[Catalog], _R]) -> tuple[Catalog, _R]:
+        """Give the registry as it is now, and what the function makes of it.
+
+        It works on what is known while the server is asked whether that still holds; if not, what it has made or raised
+        is forgotten, and it is called again.
+
+        Raises:
+            UnavailableError: log_lost or log_rewound.
+        """
+        known = self._catalog
+        if known is None:
+            known = self.current()
+            return known, function(known)
+        self._guard.refuse_registry()
+        with asked_revision(self._client) as revision:
+            try:
+                made = function(known)
+            except DasError:
+                if revision() == known.revision:
+                    raise
+            else:
+                if revision() == known.revision:
+                    return known, made
+        known = self.current()
+        return known, function(known)
 
     def last(self) -> Catalog | None:
         """Give the registry as last read, None before the first time."""

@@ -10,11 +10,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from das_service.door.auth import Needs
-from das_service.door.columns import augment_differences
+from das_service.door.columns import augment_differences, refuse_differences
 from das_service.door.door import answer_type, data_type
 from das_service.door.openapi import data_body, problems
 from das_service.door.spool import Spool, spooled
-from das_service.door.validation import refuse_differences
 from das_service.errors import InvalidRowsError
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.routes.supervision import Fms, Gap, OutputNames, plain_rows

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
+from das_service.door.arrow_body import Body
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type
 from das_service.door.openapi import data_body, problems
 from das_service.door.stages import Stages
 from das_service.door.trace import read_traceparent
-from das_service.door.validation import validate_arrow, validate_json
+from das_service.door.validation import ValidRows, validate_arrow, validate_json
 from das_service.errors import InvalidRowsError, OverloadedError
 from das_service.ingest import (
     answer_body,
@@ -24,6 +25,7 @@ from das_service.ingest import (
     encode_chunks,
     refuse_bad_rows,
 )
+from das_service.logs.streams import Chunk
 from das_service.registry import Catalog
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.scored_wait import Awaited, awaited_rows, still_awaited, wait_until_scored
@@ -115,29 +117,23 @@ async def _take(
     request: Request, service: Service, dataset: str, how: _How, stages: Stages
 ) -> tuple[dict[str, Any], list[Awaited]]:
     """Give the answer and what has yet to be scored. The body and the rows end here: a wait must not hold them."""
-    body, catalog = await service.read_body(request)
+    body = await service.read_body(request)
     stages.end("read")
-    return await service.in_thread(_store, service, catalog, dataset, body, how, stages)
+    return await service.in_thread(_store, service, dataset, body, how, stages)
 
 
 def _store(
-    service: Service, catalog: Catalog, dataset: str, body: bytes, how: _How, stages: Stages
+    service: Service, dataset: str, body: Body, how: _How, stages: Stages
 ) -> tuple[dict[str, Any], list[Awaited]]:
     """Validate, append, count."""
-    spec = catalog.spec(dataset)
-    validate = validate_arrow if how.kind == ARROW_STREAM else validate_json
-    with service.turn() if how.kind == ARROW_STREAM else nullcontext():
-        stages.end("turn")
-        rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
-        stages.end("validate")
-        try:
-            refuse_bad_rows(rows, abort=how.abort)
-        except InvalidRowsError:
-            count_refused(service.metrics, dataset, rows)
-            raise
-        chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
-        stages.end("encode")
-    floor = service.guard.floor(dataset)
+    catalog, (rows, chunks) = service.catalog.use(lambda known: _encode(service, known, dataset, body, how, stages))
+    stages.end("registry")
+    try:
+        refuse_bad_rows(rows, abort=how.abort)
+    except InvalidRowsError:
+        count_refused(service.metrics, dataset, rows)
+        raise
+    spec, floor = catalog.spec(dataset), service.guard.floor(dataset)
     max_bytes = max(1, service.settings.max_backlog_bytes // spec.partitions)
     try:
         receipt = append_rows(service.door, spec, chunks, floor=floor, max_bytes=max_bytes)
@@ -148,6 +144,21 @@ def _store(
     fms = [name for name, record in catalog.fms.get(dataset, {}).items() if record.required]
     awaited = awaited_rows(rows.batch, spec, fms) if how.wait else []
     return answer_body(rows, receipt, rejected=rows.num_refused), awaited
+
+
+def _encode(
+    service: Service, catalog: Catalog, dataset: str, body: Body, how: _How, stages: Stages
+) -> tuple[ValidRows, list[Chunk]]:
+    """Give the rows that may be stored, and the chunks that they make."""
+    spec = catalog.spec(dataset)
+    validate = validate_arrow if how.kind == ARROW_STREAM else validate_json
+    with service.turn() if how.kind == ARROW_STREAM else nullcontext():
+        stages.end("turn")
+        rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
+        stages.end("validate")
+        chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
+        stages.end("encode")
+    return rows, chunks
 
 
 def _with_holder(service: Service, dataset: str, error: OverloadedError) -> OverloadedError:

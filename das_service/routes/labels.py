@@ -6,19 +6,22 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 
+from das_service.door.arrow_body import Body
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type
 from das_service.door.labels import validate_labels_arrow, validate_labels_json
 from das_service.door.openapi import data_body, problems
 from das_service.door.stages import Stages
 from das_service.door.trace import read_traceparent
+from das_service.door.validation import ValidRows
 from das_service.errors import InvalidRowsError
 from das_service.ingest import answer_body, append_rows, encode_chunks, refuse_bad_rows
 from das_service.logs.records import LABELS
+from das_service.logs.streams import Chunk
+from das_service.registry import Catalog
 from das_service.routes.names import DatasetName, ServiceOf
 from das_service.service import Service
 from das_service.watch.monitor import refuse_ingest
-from schemas.dataset import DatasetSpec
 from schemas.wire import ARROW_STREAM, JSON
 
 router = APIRouter(tags=["labels"])
@@ -72,36 +75,40 @@ async def post_labels(
     kind, traceparent = data_type(request), read_traceparent(request)
     with service.permits.hold():
         refuse_ingest(service.monitor.findings, service.settings, dataset)
-        body, catalog = await service.read_body(request)
+        body = await service.read_body(request)
         stages.end("read")
-        spec = catalog.spec(dataset)
-        answer = await service.in_thread(
-            _store, service, dataset, spec, body, kind, on_error == "abort", traceparent, stages
-        )
+        answer = await service.in_thread(_store, service, dataset, body, kind, on_error == "abort", traceparent, stages)
     return JSONResponse(answer, status_code=202, headers=stages.headers())
 
 
 def _store(
     service: Service,
     dataset: str,
-    spec: DatasetSpec,
-    body: bytes,
+    body: Body,
     kind: str,
     abort: bool,  # noqa: FBT001 - handed through a thread
     traceparent: str | None,
     stages: Stages,
 ) -> dict[str, Any]:
     """Validate, append, count; give the answer."""
-    if not spec.tasks:
-        raise InvalidRowsError(f"dataset {dataset!r} has no tasks, so it takes no labels", code="no_tasks")
-    validate = validate_labels_arrow if kind == ARROW_STREAM else validate_labels_json
-    rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
-    stages.end("validate")
+
+    def encode(catalog: Catalog) -> tuple[ValidRows, list[Chunk]]:
+        spec = catalog.spec(dataset)
+        if not spec.tasks:
+            raise InvalidRowsError(f"dataset {dataset!r} has no tasks, so it takes no labels", code="no_tasks")
+        validate = validate_labels_arrow if kind == ARROW_STREAM else validate_labels_json
+        rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
+        stages.end("validate")
+        chunks = encode_chunks(dataset, spec, rows.batch, kind=LABELS, traceparent=traceparent)
+        stages.end("encode")
+        return rows, chunks
+
+    catalog, (rows, chunks) = service.catalog.use(encode)
+    stages.end("registry")
     for code, number in rows.refused_by_code.items():
         service.metrics.label_rows.labels(dataset, "rejected", code).inc(number)
     refuse_bad_rows(rows, abort=abort)
-    chunks = encode_chunks(dataset, spec, rows.batch, kind=LABELS, traceparent=traceparent)
-    stages.end("encode")
+    spec = catalog.spec(dataset)
     floor = service.guard.floor(dataset)
     if LABELS not in floor.logs:
         spec = service.catalog.current().spec(dataset)  # what is written back must not be older than what is there

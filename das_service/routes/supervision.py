@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from das_service.door.arrow_body import Body
 from das_service.door.auth import Needs
 from das_service.door.door import answer_type, data_type, read_body
 from das_service.door.openapi import data_body, problems
@@ -106,7 +107,7 @@ class _Answer(Response):
 
 
 def _answer(
-    service: Service, dataset: str, body: bytes, kinds: tuple[str, str], query: LookupQuery, stages: Stages
+    service: Service, dataset: str, body: Body, kinds: tuple[str, str], query: LookupQuery, stages: Stages
 ) -> bytes:
     """Parse the body, look up, and write the answer; kinds: media types of body and answer."""
     if kinds[0] == ARROW_STREAM:

@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from das_service.door.arrow_body import Budget, measure_stream
-from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times
+from das_service.door.columns import FIRST_US, LAST_US, augment_differences, canonical_times, refuse_differences
 from das_service.door.row_errors import RowErrors
 from das_service.door.spool import BY_REFERENCE, Spool
-from das_service.door.validation import refuse_differences
 from das_service.errors import BadRequestError, InvalidRowsError, TooLargeError
 from das_service.supervision.join import Joined, OfflineJoin
 from das_service.supervision.windows import BatchRows, Int64s, as_microseconds, iter_windows

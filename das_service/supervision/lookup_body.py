@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from das_service.door.arrow_body import read_batches
-from das_service.door.columns import id_column, lookup_differences, time_column
+from das_service.door.arrow_body import Body, read_batches
+from das_service.door.columns import id_column, lookup_differences, refuse_differences, time_column
 from das_service.door.json_body import JSON_SHARE, parse_model, parse_time
 from das_service.door.row_errors import RowErrors
-from das_service.door.validation import BodyLimits, refuse_differences
+from das_service.door.validation import BodyLimits
 from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.supervision.answer import EmbeddingFormat, LookupQuery
 from das_service.supervision.lookup import Rows
@@ -48,7 +48,7 @@ class LookupBody(BaseModel):
     max_freshness_gap_seconds: Gap | None = Field(None, description="A larger event_time - trained_through is stale.")
 
 
-def parse_lookup_json(body: bytes, limits: BodyLimits) -> tuple[Rows, LookupQuery]:
+def parse_lookup_json(body: Body, limits: BodyLimits) -> tuple[Rows, LookupQuery]:
     """Give what a JSON body asks.
 
     Raises:
@@ -83,7 +83,7 @@ def _time_array(times: tuple[datetime | None, ...]) -> pa.Array:
         raise InvalidRowsError(f"event_times: {error}", code="invalid_body") from None
 
 
-def parse_lookup_arrow(body: bytes, limits: BodyLimits) -> Rows:
+def parse_lookup_arrow(body: Body, limits: BodyLimits) -> Rows:
     """Give the rows of an Arrow body: a column example_id, and event_time if the caller likes.
 
     Raises:

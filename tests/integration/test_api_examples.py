@@ -18,15 +18,14 @@ import redis
 from das_service import service
 from das_service.door.door import read_body
 from das_service.door.validation import validate_json
-from das_service.logs.log_guard import CatalogCache
-from das_service.registry import Catalog
 from das_service.routes import examples as routes
 from das_service.scored_wait import Awaited
 from das_service.settings import Settings
 from schemas import keys
+from schemas.dataset import DatasetSpec
 from schemas.entries import parse_entry
 from schemas.wire import ARROW_STREAM
-from tests.served import NOON, Api, Stand, arrow_body, examples, examples_table, serve_over_tcp
+from tests.served import NOON, Api, Stand, arrow_body, examples, examples_table, serve, serve_over_tcp
 from tests.spools import wait_until
 
 
@@ -205,6 +204,7 @@ def test_an_answer_says_where_its_time_went(api: Api) -> None:
         "turn",
         "validate",
         "encode",
+        "registry",
         "append",
     ]
 
@@ -298,50 +298,57 @@ def test_a_wait_holds_neither_the_body_nor_the_rows(api: Api, stand: Stand, monk
     assert api.post(examples(0, 50), wait="scored").json()["scored"] is True
 
 
-def test_rows_that_came_slowly_are_held_against_what_is_declared_by_then(
-    api: Api, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hour", [5, "five"])
+def test_rows_are_held_against_what_another_process_has_declared_since(
+    api: Api, monkeypatch: pytest.MonkeyPatch, hour: float | str
 ) -> None:
     grown = {**api.http.get("/v1/datasets/ads").json()}
     grown["features"] = [*grown["features"], {"name": "hour", "type": "float", "nullable": True}]
-    asked = threading.Event()
-    real = CatalogCache.current
+    specs: list[DatasetSpec] = []
 
-    def current(cache: CatalogCache) -> Catalog:
-        known = real(cache)
-        asked.set()
-        return known
+    def validate(body: Any, spec: DatasetSpec, **limits: Any) -> Any:
+        specs.append(spec)
+        return validate_json(body, spec, **limits)
 
-    async def read(request: Any, **limits: Any) -> bytes:
-        body = await read_body(request, **limits)
-        await asyncio.to_thread(asked.wait, 10)
-        with monkeypatch.context() as patch:
-            patch.setattr(service, "read_body", read_body)
-            assert (await asyncio.to_thread(api.http.put, "/v1/datasets/ads", json=grown)).status_code == 200
-        return body
+    assert api.post(examples(0, 1)).status_code == 202  # what is declared is known
+    monkeypatch.setattr(routes, "validate_json", validate)
+    with serve(api.settings) as other:
+        assert other.http.put("/v1/datasets/ads", json=grown).status_code == 200
 
-    monkeypatch.setattr(service, "_FRESH_SECONDS", 0)
-    monkeypatch.setattr(CatalogCache, "current", current)
-    monkeypatch.setattr(service, "read_body", read)
+    answer = api.post(examples(1, 1, hour=hour))
 
-    assert api.post(examples(0, 1, hour=5)).status_code == 202
+    assert [len(spec.features) for spec in specs] == [5, 6]
+    if hour == "five":
+        assert (answer.status_code, answer.json()["columns"][0]["column"]) == (422, "hour")
+    else:
+        assert (answer.status_code, api.logged_rows()[-1]["hour"]) == (202, 5.0)
 
 
-def test_a_body_that_is_refused_does_not_wait_for_the_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    goes_on = threading.Event()
-    real = CatalogCache.current
+def test_rows_that_fit_what_was_declared_before_are_held_against_what_is_declared_now(api: Api) -> None:
+    tighter = {**api.http.get("/v1/datasets/ads").json(), "max_age_days": 1}
+    assert api.post(examples(0, 1)).status_code == 202
+    with serve(api.settings) as other:
+        assert other.http.put("/v1/datasets/ads", json=tighter).status_code == 200
 
-    def current(cache: CatalogCache) -> Catalog:
-        assert goes_on.wait(60)
-        return real(cache)
+    answer = api.post(examples(1, 1))
 
-    monkeypatch.setattr(CatalogCache, "current", current)
-    with ThreadPoolExecutor(1) as pool:
-        headers = {"Content-Encoding": "gzip", "Content-Type": ARROW_STREAM}
-        answer = pool.submit(api.http.post, "/v1/datasets/ads/examples", content=b"", headers=headers)
-        try:
-            assert answer.result(timeout=30).status_code == 415
-        finally:
-            goes_on.set()
+    assert (answer.status_code, answer.json()["errors"][0]["code"]) == (422, "time_too_old")
+    assert len(api.logged_rows()) == 1
+
+
+def test_a_failure_beside_the_registry_leaves_no_reply_for_the_next_request(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    assert api.post(examples(0, 1)).status_code == 202
+    with monkeypatch.context() as patch:
+        patch.setattr(routes, "validate_json", fail)
+        assert [api.post(examples(1, 1)).status_code for _ in range(3)] == [500] * 3
+
+    assert api.http.get("/v1/datasets/ads").status_code == 200
+    assert api.post(examples(1, 1)).status_code == 202
 
 
 def test_rows_are_taken_though_others_hold_all_turns(api: Api) -> None:

@@ -12,7 +12,7 @@ import redis
 
 from das_service.folder import Folder
 from das_service.logs import records, streams
-from das_service.registry import FmRecord, Registry, fm_field, read_catalog, read_revision
+from das_service.registry import FmRecord, Registry, asked_revision, fm_field, read_catalog, read_revision
 from das_service.settings import Settings
 from schemas import keys
 from tests.conftest import Server
@@ -92,3 +92,17 @@ def test_fms_that_are_declared_at_once_by_two_services_all_get_their_logs(
     assert {p: set(found) for p, found in groups.items()} == {p: {keys.group(fm) for fm in fms} for p in partitions}
     assert {client.get(keys.generation("ads", p, fm)) for p in partitions for fm in fms} == {b"0"}
     assert streams.check_logs(client, folder, "ads") == []
+
+
+def test_an_answer_that_nobody_waits_for_is_not_taken_for_the_next_one(clients: list[redis.Redis]) -> None:
+    asking, pausing, *_ = clients
+    asking.hset(keys.REGISTRY, "revision", 7)
+    pausing.client_pause(300)  # nothing is answered before the next question
+
+    with pytest.raises(ZeroDivisionError), asked_revision(asking):
+        raise ZeroDivisionError
+    assert asking.get("nothing") is None
+
+    with asked_revision(asking) as revision:
+        assert revision() == 7
+    assert asking.get("nothing") is None

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from das_service.door import columns
 from das_service.door.json_body import parse_rows
 from das_service.door.validation import BodyLimits, ValidRows, validate_arrow, validate_json
 from das_service.errors import InvalidRowsError, TooLargeError
 from das_service.ingest import CHUNK_BYTES, CHUNK_ROWS, encode_chunks, split_by_partition
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema
+from schemas.identity import Identity
 from tests.served import NOON, NOON_US, SPEC, arrow_body, examples, examples_table
 
 LIMITS = BodyLimits(max_rows=100_000, max_decoded_bytes=64_000_000)
@@ -330,3 +332,31 @@ def test_chunks_are_within_their_bounds_and_lose_no_row(rows: int, width: int) -
 def test_the_examples_of_a_body_are_its_list_or_the_body_itself() -> None:
     for body in (b'{"examples": [{"a": 1}]}', b'[{"a": 1}]'):
         assert parse_rows(body, "examples", max_bytes=1000, max_rows=10) == [{"a": 1}]
+
+
+def test_a_schema_that_fits_one_declaration_is_looked_at_anew_for_another() -> None:
+    table = examples_table(0, 1)
+    spec = ADS.model_copy()
+    assert of_arrow(table, spec).batch.num_rows == of_arrow(table, spec).batch.num_rows == 1
+
+    renamed = ADS.features[0].model_copy(update={"name": "cost"})
+    other = spec.model_copy(update={"features": (renamed, *ADS.features[1:])})
+    for _ in range(2):
+        with pytest.raises(InvalidRowsError) as refused:
+            of_arrow(table, other)
+        assert [item["column"] for item in refused.value.extra["columns"]] == ["price", "cost"]
+        assert of_arrow(table.rename_columns(["example_id", "event_time", "cost", "user_id"]), other).batch.schema == (
+            example_schema(other)
+        )
+
+
+def test_schemas_that_fit_are_few_and_small_where_they_are_kept() -> None:
+    spec = ADS.model_copy()
+    for n in range(20):
+        of_arrow(examples_table(0, 1).replace_schema_metadata({"n": str(n), "pad": "x" * (1 << 20)}), spec)
+    assert columns._fitting(Identity(spec)).schemas == ()
+
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        for price in (pa.float32(), pa.float64()):
+            of_arrow(examples_table(0, 1, user_id=pa.array(["u"]).cast(kind), price=pa.array([1], price)), spec)
+    assert len(columns._fitting(Identity(spec)).schemas) == columns._KEPT_SCHEMAS
