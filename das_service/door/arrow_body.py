@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import TypeAlias
 
 import pyarrow as pa
@@ -166,7 +167,7 @@ def _decoded_bytes(body: Body, batch: "_Table", span: tuple[int, int]) -> int:
     """Give the bytes of a batch's buffers once decompressed."""
     start, length = span
     offsets, sizes = batch.pairs(2)
-    if any(offset < 0 or size < 0 or offset + size > length for offset, size in zip(offsets, sizes, strict=True)):
+    if min(offsets, default=0) < 0 or min(sizes, default=0) < 0 or max(map(add, offsets, sizes), default=0) > length:
         raise _damaged()
     if not batch.has(3):
         return sum(sizes)

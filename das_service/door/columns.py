@@ -25,6 +25,7 @@ from schemas.identity import Identity
 
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 _KEPT_SCHEMAS, _KEPT_SCHEMA_BYTES = 4, 256 * 1024
+_FLOAT32, _FLOAT64, _F4, _F8 = pa.float32(), pa.float64(), np.dtype("<f4"), np.dtype("<f8")
 _PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -215,18 +216,17 @@ def canonical_columns(
         "example_id": id_column(schema, batches, budget),
         "event_time": time_column(schema, batches, errors),
     }
-    parts = [batch.columns for batch in batches]
-    for feature in spec.features:
-        place = place_of.get(feature.name)
-        if place is None:
-            columns[feature.name] = null_column(feature, num_rows, budget)
-            continue
-        chunks = [part[place] for part in parts]
-        if feature.type == "vector":
-            array = _one_array(chunks, pa.list_(pa.float32()))
-            columns[feature.name] = packed_vectors(array, feature, budget=budget, errors=errors)
-        else:
-            columns[feature.name] = _plain_column(chunks, feature.arrow_type, budget)
+    parts = list(zip(*[batch.columns for batch in batches], strict=True)) or [()] * len(schema)
+    with np.errstate(invalid="ignore"):  # a signalling NaN; what is no number is refused later
+        for feature in spec.features:
+            place = place_of.get(feature.name)
+            if place is None:
+                columns[feature.name] = null_column(feature, num_rows, budget)
+            elif feature.type == "vector":
+                array = _one_array(parts[place], pa.list_(pa.float32()))
+                columns[feature.name] = packed_vectors(array, feature, budget=budget, errors=errors)
+            else:
+                columns[feature.name] = _plain_column(parts[place], feature.arrow_type, budget)
     return columns
 
 
@@ -259,18 +259,17 @@ def _one_array(chunks: Sequence[pa.Array], empty: pa.DataType) -> pa.Array:
 def _plain_column(chunks: Sequence[pa.Array], wanted: pa.DataType, budget: Budget) -> pa.Array:
     if not chunks or chunks[0].type == wanted:
         return _one_array(chunks, wanted)
+    if len(chunks) == 1 and chunks[0].type == _FLOAT32 and chunks[0].null_count == 0:
+        return _as_float64(chunks[0])
     for chunk in chunks:
         budget.spend(expanded_bytes(chunk))
-    return _one_array([_as_type(chunk, wanted) for chunk in chunks], wanted)
+    return _one_array([_without_views(chunk).cast(wanted) for chunk in chunks], wanted)
 
 
-def _as_type(array: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """Give the array in the wanted type; float32 through numpy, which has less to do before it begins."""
-    if pa.types.is_float32(array.type) and array.null_count == 0:
-        with np.errstate(invalid="ignore"):  # a signalling NaN; what is no number is refused later
-            values = fixed_width_values(array, np.dtype("<f4")).astype("<f8")
-        return pa.Array.from_buffers(wanted, len(array), [None, pa.py_buffer(values)])
-    return _without_views(array).cast(wanted)
+def _as_float64(array: pa.Array) -> pa.Array:
+    """Give floats without nulls as doubles; numpy has less to do than Arrow before it begins."""
+    values = fixed_width_values(array, _F4).astype(_F8)
+    return pa.Array.from_buffers(_FLOAT64, len(array), [None, pa.py_buffer(values)])
 
 
 def expanded_bytes(array: pa.Array) -> int:

@@ -165,12 +165,17 @@ def body_type(request: Request) -> str:
     Raises:
         DasError: 415, it is JSON in another charset than UTF-8.
     """
-    stated = Message()
-    stated["content-type"] = request.headers.get("content-type", "")
-    kind, charset = stated["content-type"].partition(";")[0].strip().lower(), stated.get_content_charset("utf-8")
-    if kind == JSON and charset not in {"utf-8", "utf8", "us-ascii"}:
+    stated = request.headers.get("content-type", "")
+    kind = stated.partition(";")[0].strip().lower()
+    if kind == JSON and (charset := _charset(stated)) not in {"utf-8", "utf8", "us-ascii"}:
         raise media_type_error(f"the body must be {JSON} in UTF-8, not in {charset}")
     return kind
+
+
+def _charset(content_type: str) -> str | None:
+    message = Message()
+    message["content-type"] = content_type
+    return message.get_content_charset("utf-8")
 
 
 def data_type(request: Request) -> str:

@@ -23,6 +23,7 @@ from schemas.hashing import fixed_width_values, list_elements, validity
 from schemas.names import EXAMPLE_ID_MAX_BYTES
 
 _DAY_US = 86_400_000_000
+_F8 = np.dtype("<f8")
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _NOT_FINITE = "it is NaN or infinite"
 _MAX_DECODED_BYTES = 2**31 - 1  # offsets of a string column have 32 bits
@@ -162,7 +163,7 @@ def check_times(
 
 
 def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
-    if not feature.nullable:
+    if array.null_count and not feature.nullable:
         _check_nulls(array, feature.name, errors)
     if feature.type == "float":
         _check_floats(array, feature, errors)
@@ -178,7 +179,7 @@ def _check_feature(array: pa.Array, feature: Feature, errors: RowErrors) -> None
 
 def _check_floats(array: pa.Array, feature: Feature, errors: RowErrors) -> None:
     """Refuse what is no number, and what models, which are given float32, would see as infinite."""
-    values = fixed_width_values(array, np.dtype("<f8"))
+    values = fixed_width_values(array, _F8)
     if len(values) == 0 or (values.min() >= -_LARGEST_FLOAT32 and values.max() <= _LARGEST_FLOAT32):
         return  # with a NaN both would be false
     with np.errstate(over="ignore", invalid="ignore"):
