@@ -116,13 +116,18 @@ def _last_positions(chunks: Sequence[Chunk], appended: Sequence[Appended]) -> di
     return last
 
 
+def are_refused(rows: ValidRows, *, abort: bool) -> bool:
+    """Give whether nothing may be stored: no row is good, or one is bad and the caller wants all or none."""
+    return rows.num_refused > 0 and (abort or rows.batch.num_rows == 0)
+
+
 def refuse_bad_rows(rows: ValidRows, *, abort: bool) -> None:
-    """Raise if nothing may be stored: no row is good, or one is bad and the caller wants all or none.
+    """Raise if nothing may be stored.
 
     Raises:
         InvalidRowsError: invalid_rows, with the body of contract 3.
     """
-    if rows.num_refused == 0 or (rows.batch.num_rows and not abort):
+    if not are_refused(rows, abort=abort):
         return
     total = rows.num_refused + rows.batch.num_rows
     rule = "on_error=abort stores all rows or none" if abort else "none of them may be stored"

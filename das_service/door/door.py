@@ -23,7 +23,7 @@ _DRAIN_SECONDS = 2.0
 _WHOLE_BODY_FACTOR = 4
 _SLOWEST_BYTES_PER_SECOND = 4 * 1024 * 1024
 _PLACED_BYTES = 64 * 1024
-_HINDRANCES = {"transfer-encoding", "upgrade"}  # the length is not the stated one, or what follows is no body
+_MOST_DIGITS = 20  # int() refuses thousands
 
 
 class Permits:
@@ -89,14 +89,14 @@ async def _refuse_head(request: Request, max_bytes: int, too_large: TooLargeErro
 
 def _stated_bytes(request: Request) -> int:
     stated = request.headers.get("content-length", "")
-    return int(stated) if stated.isdigit() else 0
+    return int(stated.lstrip("0")[:_MOST_DIGITS] or 0) if stated.isdecimal() else 0
 
 
 def _place_of_body(request: Request) -> memoryview | None:
     """Give where the body goes without a copy on its way, None if it comes in pieces."""
     receive_into = getattr(request.state, RECEIVE_INTO, None)
     num_bytes = _stated_bytes(request)
-    if receive_into is None or num_bytes < _PLACED_BYTES or not _HINDRANCES.isdisjoint(request.headers.keys()):
+    if receive_into is None or num_bytes < _PLACED_BYTES:
         return None
     place = np.empty(num_bytes, np.uint8).data  # takes no memory before something comes
     return place if receive_into(place) else None

@@ -6,6 +6,7 @@ what it reads of a body four times; a long one goes straight from the socket to 
 """
 
 import asyncio
+import weakref
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._pieces: list[bytes] = []
         self._num_bytes = 0
         self._body_bytes = 0
+        self._wake_seconds = min(WAKE_SECONDS, wait_seconds / 4)
         self._woken_at = 0.0
+        self._is_over = False
         self._untaken_bytes = 0
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -68,7 +71,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._end_head()
         self._unread_bytes = self._body_bytes = 0
         super().on_headers_complete()
-        self.scope["state"][RECEIVE_INTO] = partial(self.receive_into, self.cycle)
+        self.scope["state"][RECEIVE_INTO] = partial(_receive_into, weakref.ref(self), weakref.ref(self.cycle))
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -78,12 +81,20 @@ class BoundedHttp(HttpToolsProtocol):
         self._pieces.append(body)
         self._num_bytes += len(body)
         self._body_bytes += len(body)
-        now = self.loop.time()
         if self._num_bytes + len(self.cycle.body) > READ_AHEAD_BYTES:  # uvicorn stops the socket at each 64 KiB
             self.flow.pause_reading()
-        if self._num_bytes >= WAKE_BYTES or now - self._woken_at >= WAKE_SECONDS:  # its end wakes the reader anyway
-            self._woken_at = now
+        if self._num_bytes >= WAKE_BYTES or self._is_time_to_wake():  # its end wakes the reader anyway
+            self._woken_at = self.loop.time()
             self._hand_over()
+            self.cycle.message_event.set()
+
+    def _is_time_to_wake(self) -> bool:
+        return self.loop.time() - self._woken_at >= self._wake_seconds
+
+    def wake(self) -> None:
+        """Let the reader of a body know, now and then, that something comes."""
+        if self._is_time_to_wake():
+            self._woken_at = self.loop.time()
             self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
@@ -103,13 +114,14 @@ class BoundedHttp(HttpToolsProtocol):
         place[:at] = b"".join(come)
         cycle.body = bytearray()
         self._pieces, self._num_bytes = [], 0
-        self.transport.set_protocol(_BodyReceiver(self, cycle, place[at:]))
+        self.transport.set_protocol(_BodyReceiver(self, place[at:]))
         return True
 
     def end_body(self) -> None:
-        """Go on after a body that the parser has not seen: with one that expects a head."""
+        """Go on after a body that the parser has not seen: with one that expects a head, if another may come."""
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._is_over = not self.cycle.keep_alive
         self.transport.set_protocol(self)
         self.on_message_complete()
 
@@ -123,7 +135,8 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what has come; a head that is still not whole may not be long, nor what is neither head nor body."""
         self._unread_bytes += len(data)
-        super().data_received(data)
+        if not self._is_over:
+            super().data_received(data)
         if self._pieces and self.cycle.message_event.is_set():  # the reader that was woken takes what came with that
             self._hand_over()
         if self.transport.is_closing():
@@ -185,28 +198,31 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
 
 
+def _receive_into(http: weakref.ref[BoundedHttp], cycle: weakref.ref[RequestResponseCycle], place: memoryview) -> bool:
+    """Do so if both are still there. A request that held them would be held by itself, until the collector comes."""
+    connection, request = http(), cycle()
+    return connection is not None and request is not None and connection.receive_into(request, place)
+
+
 class _BodyReceiver(asyncio.BufferedProtocol):
     """A connection while the rest of a body comes; all else is passed on to its protocol of before."""
 
-    def __init__(self, http: BoundedHttp, cycle: RequestResponseCycle, place: memoryview) -> None:
+    def __init__(self, http: BoundedHttp, place: memoryview) -> None:
         self._http = http
-        self._cycle = cycle
         self._place = place
-        self._woken_at = 0.0
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - as much as there is
         """Give where the next bytes go: no more than the body has left, so that what follows it is not taken."""
         return self._place
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take notice of what has come, and now and then let the reader know that something does."""
+        """Take notice of what has come."""
         self._place = self._place[nbytes:]
-        now = self._http.loop.time()
-        if not self._place:
+        if self._place:
+            self._http.wake()
+        else:
+            self._place = memoryview(b"")  # uvloop keeps us until the connection ends, and we would keep the whole body
             self._http.end_body()
-        elif now - self._woken_at >= WAKE_SECONDS:
-            self._woken_at = now
-            self._cycle.message_event.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Pass it on."""

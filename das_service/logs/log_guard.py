@@ -186,22 +186,21 @@ class CatalogCache:
         is forgotten, and it is called again.
 
         Raises:
-            UnavailableError: log_lost or log_rewound.
+            UnavailableError: log_lost or log_rewound. And what the function raises, if what it was called with holds.
         """
         known = self._catalog
-        if known is None:
-            known = self.current()
-            return known, function(known)
-        self._guard.refuse_registry()
-        with asked_revision(self._client) as revision:
-            try:
-                made = function(known)
-            except DasError:
-                if revision() == known.revision:
-                    raise
-            else:
-                if revision() == known.revision:
-                    return known, made
+        if known is not None:
+            self._guard.refuse_registry()
+            with asked_revision(self._client) as revision:
+                try:
+                    made = function(known)
+                except DasError:
+                    if revision() == known.revision:
+                        raise
+                else:
+                    if revision() == known.revision:
+                        return known, made
+                    del made  # else the caller would have two at once
         known = self.current()
         return known, function(known)
 

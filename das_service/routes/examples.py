@@ -20,6 +20,7 @@ from das_service.errors import InvalidRowsError, OverloadedError
 from das_service.ingest import (
     answer_body,
     append_rows,
+    are_refused,
     count_refused,
     count_rows,
     encode_chunks,
@@ -156,7 +157,9 @@ def _encode(
         stages.end("turn")
         rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
         stages.end("validate")
-        chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
+        chunks = []
+        if not are_refused(rows, abort=how.abort):
+            chunks = encode_chunks(dataset, spec, rows.batch, traceparent=how.traceparent)
         stages.end("encode")
     return rows, chunks
 

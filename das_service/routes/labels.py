@@ -15,7 +15,7 @@ from das_service.door.stages import Stages
 from das_service.door.trace import read_traceparent
 from das_service.door.validation import ValidRows
 from das_service.errors import InvalidRowsError
-from das_service.ingest import answer_body, append_rows, encode_chunks, refuse_bad_rows
+from das_service.ingest import answer_body, append_rows, are_refused, encode_chunks, refuse_bad_rows
 from das_service.logs.records import LABELS
 from das_service.logs.streams import Chunk
 from das_service.registry import Catalog
@@ -99,7 +99,9 @@ def _store(
         validate = validate_labels_arrow if kind == ARROW_STREAM else validate_labels_json
         rows = validate(body, spec, limits=service.limits, now_us=time.time_ns() // 1000)
         stages.end("validate")
-        chunks = encode_chunks(dataset, spec, rows.batch, kind=LABELS, traceparent=traceparent)
+        chunks = []
+        if not are_refused(rows, abort=abort):
+            chunks = encode_chunks(dataset, spec, rows.batch, kind=LABELS, traceparent=traceparent)
         stages.end("encode")
         return rows, chunks
 
