@@ -37,6 +37,7 @@ BATCH_ROWS = 32_768
 _EPOCH = dt.date(1970, 1, 1).toordinal()
 Columns: TypeAlias = "dict[str, NDArray[Any]]"
 Int64s: TypeAlias = NDArray[np.int64]
+RowNumbers: TypeAlias = NDArray[np.intp]
 
 
 class WindowJoin:
@@ -60,7 +61,6 @@ class WindowJoin:
         self._spec = spec
         self._days = [dt.date.fromordinal(_EPOCH + int(day)) for day in window.days()]
         self._found = np.zeros(window.num_rows, np.bool_)
-        self._last_of = np.empty(window.num_rows, np.int32)
         self._values: Columns = {
             name: pool.empty((window.num_rows, *shape), kind) for name, kind, shape in fm.layout(query)
         }  # fmt: skip
@@ -157,36 +157,33 @@ class WindowJoin:
                 code="registry_behind",
             )
         found = {name: _values_of(batch.column(name), self._values.get(name)) for name in batch.schema.names}
-        rows = found.pop("_row")
+        rows = found.pop("_row").astype(np.intp)  # once, and not for each column
         chosen: Any = self._same_day(rows, found["_event_time"])
         if chosen is not None:
             rows = rows[chosen]
             found = {name: values[chosen] for name, values in found.items()}
-        better = self._better(rows, found)
-        if better is not None:
+        before = self._found.copy()
+        self._found[rows] = True
+        if np.count_nonzero(self._found) != np.count_nonzero(before) + len(rows):
+            better = self._better(rows, found, before)
             rows = rows[better]
             found = {name: values[better] for name, values in found.items()}
         for name, values in found.items():
             _as_items(self._values[name])[rows] = _as_items(values)
-        self._found[rows] = True
 
-    def _same_day(self, rows: NDArray[np.int32], event_time: Int64s) -> NDArray[np.bool_] | None:
+    def _same_day(self, rows: RowNumbers, event_time: Int64s) -> NDArray[np.bool_] | None:
         """Give which rows are the caller's examples: of the same event day; None for all."""
         if len(self._days) == 1:
             return None
         same = days_of(event_time, self._spec.table_granularity) == self._window.event_day[rows]
         return None if same.all() else same
 
-    def _better(self, rows: NDArray[np.int32], found: Columns) -> Int64s | None:
-        """Give which of the rows stand, where an example has several snapshots; None for all."""
-        numbers = np.arange(len(rows), dtype=np.int32)
-        self._last_of[rows] = numbers  # what stood there does not matter: only these places are read
-        if not self._found[rows].any() and np.array_equal(self._last_of[rows], numbers):
-            return None
+    def _better(self, rows: RowNumbers, found: Columns, before: NDArray[np.bool_]) -> Int64s:
+        """Give which of the rows stand, where an example has several snapshots; before: rows found in other batches."""
         key = self._preference(found)
         order = np.lexsort((*key[::-1], rows))
-        best = order[np.concatenate([[True], np.diff(rows[order]) != 0])] if len(order) else order
-        old = np.flatnonzero(self._found[rows[best]])
+        best = order[np.concatenate([[True], np.diff(rows[order]) != 0])]
+        old = np.flatnonzero(before[rows[best]])
         if len(old):
             held = {name: self._values[name][rows[best[old]]] for name in ("_snapshot", "_scored_at", "_event_time")}
             stays = _is_before(self._preference(held), [part[best[old]] for part in key])
@@ -225,7 +222,7 @@ class WindowJoin:
             f"JOIN asked a USING ({key}){self._within('d', 'dead_reach')}"
         )
         for batch in self._cursor.sql(query).to_arrow_reader(BATCH_ROWS):
-            rows, event_time = batch.column("row").to_numpy(), batch.column("_event_time").to_numpy()
+            rows, event_time = batch.column("row").to_numpy().astype(np.intp), batch.column("_event_time").to_numpy()
             same = self._same_day(rows, event_time)
             failed = rows if same is None else rows[same]
             failed = failed[~self._found[failed]]

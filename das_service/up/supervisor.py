@@ -25,7 +25,13 @@ from das_service.client import Client
 from das_service.client.errors import DasClientError
 from das_service.redis_client import connect
 from das_service.up.children import Child, Ended, Program, cap_log, rotate_log
-from das_service.up.embedded import NoServerError, find_server, server_arguments, wait_until_ready
+from das_service.up.embedded import (
+    NoServerError,
+    find_server,
+    server_arguments,
+    server_environment,
+    wait_until_ready,
+)
 from das_service.up.service_folder import ServiceFolder, owned
 from das_service.up.service_layout import ROLES, SERVER, Layout, import_path, server_memory_bytes
 
@@ -120,7 +126,7 @@ class Supervisor:
         return Program(
             role=SERVER,
             arguments=arguments,
-            environment=os.environ,
+            environment=server_environment(),
             log_file=folder.log_file(SERVER),
             kept_fds=(lock,),
             death_signal=signal.SIGTERM,

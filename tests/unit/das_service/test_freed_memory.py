@@ -3,8 +3,11 @@
 import ctypes
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
+
+from das_service.up.embedded import server_environment
 
 _FAULTS = """
 import resource
@@ -22,13 +25,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone gives memory back at once")
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone gives it back at once")
+
+
 def test_memory_that_was_freed_is_not_fetched_from_the_kernel_again() -> None:
     assert _page_faults("") > 20_000
     assert _page_faults("keep_freed_memory()") < 1_000
 
 
-def _page_faults(before: str) -> int:
+def test_nor_is_it_by_a_server_that_has_no_allocator_of_its_own() -> None:
+    assert _page_faults("", server_environment()) < 1_000
+
+
+def test_what_the_user_says_of_malloc_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert server_environment()["MALLOC_TRIM_THRESHOLD_"] == "1000"
+
+
+def _page_faults(before: str, environment: Mapping[str, str] | None = None) -> int:
     """Give the page faults of twenty bodies of 12 MB, one after the other."""
     command = [sys.executable, "-c", _FAULTS.format(before=before)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    return int(done.stdout)
