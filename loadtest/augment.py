@@ -100,7 +100,9 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
 def _by_reference(service: RunningService, floor: Joiner, files: CallerFiles, num_rows: int, rounds: int) -> Record:
     with Joiner("das", service) as das:
         in_order, peak_mb = _in_turn(das.join, floor, files.in_time_order, num_rows, rounds)
-        random, random_peak_mb = _in_turn(das.join, floor, files.in_random_order, num_rows, max(1, rounds // 2))
+        random, random_peak_mb = _in_turn(
+            das.join, floor, files.in_random_order, num_rows, max(1, rounds // 2), is_warm=True
+        )
     written = _to_parquet(service, files.in_time_order)
     return to_line(
         in_order,
@@ -144,15 +146,15 @@ def _over_http(url: str, caller: Path) -> Record:
 
 
 def _in_turn(
-    join: Callable[[Path], Record], floor: Joiner, caller: Path, num_rows: int, rounds: int
+    join: Callable[[Path], Record], floor: Joiner, caller: Path, num_rows: int, rounds: int, *, is_warm: bool = False
 ) -> tuple[list[Round], int]:
-    """Give the rounds, after one of each that only warms up, and the peak of memory that the joining process tells.
+    """Give the rounds and the peak of memory that the joining process tells; is_warm: no round only warms up.
 
     Raises:
         RuntimeError: Not every row came out with supervision.
     """
     measured, peak_mb = [], 0
-    for i in range(rounds + 1):
+    for i in range(rounds if is_warm else rounds + 1):
         sides = (join, floor.join) if i % 2 else (floor.join, join)
         answers = {side: side(caller) for side in sides}
         for answer in answers.values():
@@ -160,7 +162,7 @@ def _in_turn(
                 raise RuntimeError(f"{answer['rows']} of {num_rows} rows came out")
         measured.append(Round(num_rows, answers[join]["seconds"], answers[floor.join]["seconds"]))
         peak_mb = answers[join].get("peak_mb", 0)
-    return measured[1:], peak_mb
+    return measured[-rounds:], peak_mb
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ FULL = Sizes(
     augment_rounds=3,
     batches_rows=800_000,
     batches_rounds=3,
-    loader_rows=400_000,
+    loader_rows=300_000,
     loader_rounds=3,
 )
 QUICK = Sizes(
