@@ -23,6 +23,8 @@ from schemas.wire import ARROW_STREAM
 from tests.served import Api, arrow_body, examples_table, serve, serve_over_tcp
 from tests.spools import wait_until
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
+
 EXAMPLES = "/v1/datasets/ads/examples"
 WORD = "w" * 100
 

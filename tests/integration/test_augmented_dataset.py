@@ -20,6 +20,8 @@ from tests.served import serve_over_tcp
 from tests.training import Trained, at, click_of, example, expected_order
 from vm_training import AugmentedDataset
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
+
 ROWS = 600
 
 
@@ -287,19 +289,3 @@ def test_what_the_service_refuses_reaches_the_trainer(trained: Trained) -> None:
         with pytest.raises(DasClientError, match="cursor can't be read"):
             list(dataset)
     assert not [thread for thread in threading.enumerate() if thread.name == "das loader"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0, "world_size": 2}, "give all of them the cursor `start` of one"),
-        ({"rank": 2, "world_size": 2, "cursor": "x"}, "rank=2 and world_size=2"),
-        ({"world_size": 2}, "give both"),
-        ({"prefetch": 0}, "at least one batch is read ahead"),
-        ({"embedding_format": "float16"}, "leave embedding_format out"),
-        ({"follow": True, "until": at(9)}, "leave out as_of and until"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AugmentedDataset(Client(), "stream", **options)

@@ -13,7 +13,10 @@ from tests.loading import ids_of, latest, loading, ranks_of, read_as_rank, read_
 from tests.training import Trained, expected_order
 from vm_training import AugmentedDataset, Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 under newer torch
+pytestmark = [
+    pytest.mark.parametrize("shared_server", ["valkey"], indirect=True),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata 0.11 under newer torch
+]
 
 
 def context(workers: int) -> BaseContext | None:

@@ -18,6 +18,8 @@ from schemas import keys
 from schemas.wire import ARROW_STREAM
 from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
+
 
 def test_rows_come_with_features_labels_and_supervision(trained: Trained) -> None:
     trained.close(0, 300)

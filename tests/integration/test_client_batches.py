@@ -13,6 +13,8 @@ from das_service.client import BatchReader, Client, DasClientError
 from tests.served import serve_over_tcp
 from tests.training import Trained, expected_order
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
+
 
 def ids_of(reader: BatchReader) -> list[str]:
     return [name for batch in reader for name in batch.rows.column("example_id").to_pylist()]

@@ -24,6 +24,8 @@ from das_service.tables.durable_table import DurableTable
 from schemas import keys
 from tests.served import Api, Stand
 
+pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
+
 START = datetime(2025, 3, 1, 6, tzinfo=UTC)
 WINDOW, LATENESS = 30, 10
 SPEC = {
