@@ -9,6 +9,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,6 +100,12 @@ class Traffic:
     def sent_rows(self) -> int:
         """Rows that were sent, acknowledged or not."""
         return self._next
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Let no request begin or count as over; give how many are in flight."""
+        with self._lock:
+            yield self.in_flight
 
     def stop(self) -> None:
         self._stopping.set()
