@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from das_service.errors import UnavailableError
+from das_service.folder import locked
 from das_service.logs import streams
+from das_service.registry import COPY
 from fm_inference import Signature
 from tests.conftest import Server, make_settings
 from tests.declared import SPEC, Declared, examples
@@ -137,13 +140,23 @@ def held_entries(declared: Declared) -> int:
     return sum(group["fm:f"].pending for group in groups.values())
 
 
+def registry_is_locked(declared: Declared) -> bool:
+    """Give whether somebody is at the registry's copy: a worker that has just judged a snapshot may be."""
+    try:
+        with locked((Path(declared.settings.tables_uri) / COPY).with_suffix(".lock"), wait_seconds=0.0):
+            return False
+    except UnavailableError:
+        return True
+
+
 def hold_up(declared: Declared, process: subprocess.Popen[bytes]) -> int:
     """Log examples, stop the process (SIGSTOP) while it holds some and has others to read; give how many there are."""
     chunks = 0
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         os.kill(process.pid, signal.SIGSTOP)
-        if held_entries(declared) and declared.pending("f") > held_entries(declared):
+        held = held_entries(declared)
+        if held and declared.pending("f") > held and not registry_is_locked(declared):
             return 500 * chunks
         while declared.pending("f") < 120:
             declared.append(chunks % 2, examples(500 * chunks, 500))
