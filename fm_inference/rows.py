@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from das_service.logs.records import EXAMPLES
 from das_service.redis_client import ScriptCall, run_scripts, script
+from das_service.supervision.online_store import count_present
 from fm_inference.delivery import Delivery
 from schemas import keys
 from schemas.dataset import DatasetSpec, example_schema
@@ -126,9 +127,11 @@ def _with_values(
     client: redis.Redis, dataset: str, fm: str, deliveries: Sequence[Delivery], batches: Sequence[pa.RecordBatch]
 ) -> list[int]:
     """Give which entries have examples with an online value: hardly ever any, so this is all that is asked mostly."""
-    pipeline = client.pipeline(transaction=False)
-    for delivery, batch in zip(deliveries, batches, strict=True):
-        prefix = keys.online_prefix(dataset, delivery.partition, fm)
-        digests = keys.digest_bytes(batch["example_digest"])
-        pipeline.exists(*[prefix + digests[at : at + 16] for at in range(0, len(digests), 16)])
-    return [i for i, count in enumerate(pipeline.execute()) if count]
+    counts = count_present(
+        client,
+        dataset,
+        fm,
+        partitions=[delivery.partition for delivery in deliveries],
+        digests=[keys.digest_words(batch["example_digest"]).view(np.uint8) for batch in batches],
+    )
+    return [i for i, count in enumerate(counts) if count]

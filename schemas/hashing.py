@@ -9,6 +9,7 @@ Source: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md (XXH64).
 """
 
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,8 +60,8 @@ def hash_values(values: pa.Array, seed: int) -> Uint64s:
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise TypeError(f"a category is an int64 or a string, not {values.type}")
     encoded = values.dictionary_encode()
-    digest = xxhash.xxh64_intdigest
-    hashes = np.array([digest(text.encode(), seed) for text in encoded.dictionary.to_pylist()], dtype=np.uint64)
+    texts = encoded.dictionary.cast(pa.large_binary()).to_pylist()
+    hashes = np.fromiter(map(xxhash.xxh64_intdigest, texts, repeat(seed)), np.uint64, len(texts))
     return take_indexed(hashes, encoded.indices)
 
 

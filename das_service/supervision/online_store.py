@@ -1,7 +1,8 @@
 """The online store: examples' values by digest, fetched in few commands and read as numpy records, no row at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import redis
@@ -36,7 +37,7 @@ def fetch_records(
     commands, rows_of = [], []
     for rows in _iter_slices(order, partitions):
         prefix = keys.online_prefix(dataset, int(partitions[rows[0]]), fm)
-        commands.append(_pack_mget(prefix, digests[rows]))
+        commands.append(_pack_command(b"MGET", prefix, digests[rows]))
         rows_of.append(rows)
     replies = _iter_replies(client, commands, [len(rows) for rows in rows_of])
     for rows, values in zip(rows_of, replies, strict=True):  # one is read while the server works on the next
@@ -51,6 +52,15 @@ def fetch_records(
     return records, found
 
 
+def count_present(
+    client: redis.Redis, dataset: str, fm: str, *, partitions: Sequence[int], digests: Sequence[Digests]
+) -> list[int]:
+    """Give of how many examples there is a value, for each group: a partition and its digests (B, 16)."""
+    prefixes = [keys.online_prefix(dataset, partition, fm) for partition in partitions]
+    commands = [_pack_command(b"EXISTS", *group) for group in zip(prefixes, digests, strict=True)]
+    return list(_iter_replies(client, commands, [len(group) for group in digests]))
+
+
 def _iter_slices(order: NDArray[np.int64], partitions: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Give row numbers of one partition at a time, at most KEYS_PER_COMMAND of them."""
     sorted_partitions = partitions[order]
@@ -60,17 +70,17 @@ def _iter_slices(order: NDArray[np.int64], partitions: NDArray[np.int64]) -> Ite
             yield part[first : first + KEYS_PER_COMMAND]
 
 
-def _pack_mget(prefix: bytes, digests: Digests) -> bytes:
+def _pack_command(name: bytes, prefix: bytes, digests: Digests) -> bytes:
     """Give the command as the wire has it. All keys are equally long, so one array holds them: no key is an object."""
     lead = b"$%d\r\n%b" % (len(prefix) + 16, prefix)
     rows = np.empty((len(digests), len(lead) + 18), np.uint8)
     rows[:, : len(lead)] = np.frombuffer(lead, np.uint8)
     rows[:, len(lead) : -2] = digests
     rows[:, -2:] = np.frombuffer(b"\r\n", np.uint8)
-    return b"*%d\r\n$4\r\nMGET\r\n" % (len(digests) + 1) + rows.tobytes()
+    return b"*%d\r\n$%d\r\n%b\r\n" % (len(digests) + 1, len(name), name) + rows.tobytes()
 
 
-def _iter_replies(client: redis.Redis, commands: list[bytes], sizes: list[int]) -> Iterator[list[bytes | None]]:
+def _iter_replies(client: redis.Redis, commands: list[bytes], sizes: list[int]) -> Iterator[Any]:
     """Give the commands' replies as they come; sent together as far as they are not too many keys at once."""
     connection = client.connection_pool.get_connection()
     try:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from das_service.supervision.answer import STATUSES, judge
-from das_service.supervision.online_store import KEYS_PER_COMMAND, KEYS_PER_ROUND, _iter_slices, _pack_mget, _rounds
+from das_service.supervision.online_store import KEYS_PER_COMMAND, KEYS_PER_ROUND, _iter_slices, _pack_command, _rounds
 from schemas.snapshot import OutputColumns
 from schemas.supervision import FAILED, SCORED, online_layout
 
@@ -73,10 +73,10 @@ def test_a_snapshot_that_does_not_say_what_it_saw_is_leaky() -> None:
 def test_a_command_is_spelled_as_redis_reads_it() -> None:
     digests = np.arange(32, dtype=np.uint8).reshape(2, 16)
 
-    packed = _pack_mget(b"{ads.0}=f:", digests)
+    packed = _pack_command(b"EXISTS", b"{ads.0}=f:", digests)
 
     key = b"$26\r\n{ads.0}=f:%b\r\n"
-    assert packed == b"*3\r\n$4\r\nMGET\r\n" + key % bytes(range(16)) + key % bytes(range(16, 32))
+    assert packed == b"*3\r\n$6\r\nEXISTS\r\n" + key % bytes(range(16)) + key % bytes(range(16, 32))
 
 
 @given(st.lists(st.integers(0, 3), max_size=300))
