@@ -1,8 +1,9 @@
 """The worker: a real lane on a real server, from its XREADGROUP to the reply of the script that publishes.
 
 Floor: the model's forward alone, over the tensors of the very batches that the lane has just scored, ready on the
-device. Each round has rows of its own, logged before the clock starts. `python -m loadtest.worker` prints the line;
-torch, OMP and BLAS have as many threads as in `das worker` (loadtest.bench sets the environment).
+device. Each round has rows of its own, logged before the clock starts; its floor is the mean of the runs right before
+and right after it, since a machine's speed changes within seconds. `python -m loadtest.worker` prints the line; torch,
+OMP and BLAS have as many threads as in `das worker` (loadtest.bench sets the environment).
 """
 
 import argparse
@@ -11,6 +12,8 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from das_service.role import RoleContext
 from das_service.settings import Settings
 from fm_inference.engine import Prepared, TorchEngine, choose_device
 from fm_inference.lane import Lane, Loaded
-from fm_inference.publishing import Publisher, microseconds
+from fm_inference.publishing import Outcome, Publisher, microseconds
 from loadtest.fms import FMS, export
 from loadtest.lines import Round, to_line
 from loadtest.server import running_server
@@ -64,6 +67,20 @@ class WatchedEngine(TorchEngine):
             torch.cuda.synchronize(self.device)
 
 
+class WatchedLane(Lane):
+    """The worker's lane; says when it has published as many rows as were logged, without anybody asking it."""
+
+    num_rows: int
+    is_done: threading.Event
+    done_at = 0.0
+
+    def _publish(self, loaded: Loaded, outcomes: Sequence[Outcome]) -> None:
+        super()._publish(loaded, outcomes)
+        if self.rows_scored >= self.num_rows:
+            self.done_at = time.perf_counter()
+            self.is_done.set()
+
+
 def measure(folder: Path, *, fm: str, num_chunks: int, rounds: int) -> dict[str, Any]:
     """Give the line of one FM. The first round of all only warms up."""
     manifest = export(fm, folder / "export")
@@ -72,16 +89,19 @@ def measure(folder: Path, *, fm: str, num_chunks: int, rounds: int) -> dict[str,
         pa.set_cpu_count(settings.torch_threads)
         engine = _load(folder / "export", manifest, settings)
         _create_logs(settings, fm)
-        measured, batches = [], 0
+        num_rows = num_chunks * CHUNK_ROWS
+        seconds, floors, batches = [], [], 0
         for i in range(rounds + 1):
-            _append(settings, i * num_chunks * CHUNK_ROWS, num_chunks)
-            seconds = _score(settings, fm, engine, num_chunks * CHUNK_ROWS)
+            _append(settings, i * num_rows, num_chunks)
+            seconds.append(_score(settings, fm, engine, num_rows))
             batches += len(engine.prepared)
-            measured.append(Round(num_chunks * CHUNK_ROWS, seconds, engine.forward_alone()))
-    mean_rows = num_chunks * CHUNK_ROWS * (rounds + 1) / batches
-    return to_line(
-        measured[1:], batch_rows=round(mean_rows), threads=torch.get_num_threads(), device=str(engine.device)
-    )
+            floors.append(engine.forward_alone())
+    measured = [
+        Round(num_rows, s, (before + after) / 2)
+        for s, (before, after) in zip(seconds[1:], pairwise(floors), strict=True)
+    ]
+    mean_rows = num_rows * (rounds + 1) / batches
+    return to_line(measured, batch_rows=round(mean_rows), threads=torch.get_num_threads(), device=str(engine.device))
 
 
 def _load(folder: Path, manifest: Manifest, settings: Settings) -> WatchedEngine:
@@ -115,21 +135,20 @@ def _score(settings: Settings, fm: str, engine: WatchedEngine, num_rows: int) ->
     with connect(settings) as client:
         loaded = Loaded(engine=engine, publisher=_publisher(fm, engine, has_msetex=has_msetex(client)), spec=SPEC)
         context = RoleContext(settings, role="worker", instance=_CONSUMER, client=client, metrics=Metrics("worker"))
-        lane = Lane(context, dataset=DATASET, fm=fm, partitions=SPEC.partitions)
-        lane.loaded = loaded
+        lane = WatchedLane(context, dataset=DATASET, fm=fm, partitions=SPEC.partitions)
+        lane.num_rows, lane.is_done, lane.loaded = num_rows, threading.Event(), loaded
         threads = [threading.Thread(target=run) for run in (lane.read_until_stopped, lane.score_until_stopped)]
         start = time.perf_counter()
         for thread in threads:
             thread.start()
-        while lane.rows_scored < num_rows and not lane.halted and time.perf_counter() - start < _MOST_SECONDS:
-            time.sleep(0.002)
-        seconds = time.perf_counter() - start
+        while not lane.is_done.wait(0.5) and not lane.halted and time.perf_counter() - start < _MOST_SECONDS:
+            pass
         context.stopping.set()
         for thread in threads:
             thread.join(settings.drain_seconds)
         if lane.rows_scored != num_rows:
             raise RuntimeError(f"{lane.rows_scored} of {num_rows} rows are scored {lane.halted}")
-        return seconds
+        return lane.done_at - start
 
 
 def _publisher(fm: str, engine: TorchEngine, *, has_msetex: bool) -> Publisher:
