@@ -2,7 +2,8 @@
 #
 #   make setup    an environment with the pinned versions of constraints.txt
 #   make check    formatting, lint, types, layers
-#   make test     all tests, on the Valkey wheel and, where apt exists, on Debian's Redis and Prometheus too
+#   make test     all tests, two files at a time, on the Valkey wheel and, where apt exists, on Debian's Redis and Prometheus
+#                 too; ARGS="..." goes to pytest (ARGS="-n 0 -x" runs one test after the other, up to the first failure)
 #   make demo     the whole service on public data; ARGS="..." goes to `das demo`
 #   make bench    every stage against its floor; ARGS="--write NAME" keeps the result and renders the README's table
 #   make exfm     what supervision is worth to a student, by method and teacher; within 90 minutes; ARGS=--quick in three
@@ -44,7 +45,7 @@ check: $(STAMP)
 test: $(STAMP)
 	sh tests/fetch_redis.sh $(CURDIR)/$(VENV)/redis
 	sh tests/fetch_prometheus.sh $(CURDIR)/$(VENV)/prometheus
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/das demo $(ARGS)

@@ -143,7 +143,9 @@ class Reference:
         self.latest = max([minute for _, minute in rows] + ([] if self.latest is None else [self.latest]))
 
     def labels(self, rows: Sequence[tuple[str, int, dict[str, float]]]) -> None:
-        self.said += [row for row in rows if row not in self.said]
+        for row in rows:
+            if row not in self.said:
+                self.said.append(row)
 
     def settle(self) -> None:
         if self.latest is None:
