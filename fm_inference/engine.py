@@ -174,12 +174,12 @@ class TorchEngine:
     def _send(self, logits: _Tensors, embeddings: _Tensors, num_rows: int) -> DeviceOutputs:
         """Start the copies to the host; on a CPU the tensors are there already."""
         finite = all_finite(logits, embeddings)
+        packed = {name: self._packed(name, vectors_BD) for name, vectors_BD in embeddings.items()}
         if self.device.type != "cuda":
             return DeviceOutputs(
                 num_rows=num_rows, logits=logits, embeddings=embeddings,
-                host_logits=logits, host_embeddings=embeddings, finite=finite, done=None,
+                host_logits=logits, host_embeddings=packed, finite=finite, done=None,
             )  # fmt: skip
-        packed = {name: self._packed(name, vectors_BD) for name, vectors_BD in embeddings.items()}
         copies = DeviceOutputs(
             num_rows=num_rows,
             logits=logits,

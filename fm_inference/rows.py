@@ -76,7 +76,8 @@ def _first_of_each(columns: pa.Table, days: NDArray[np.int64]) -> NDArray[np.boo
     words = keys.digest_words(_one_array(columns["example_digest"]))
     identity = np.empty(len(days), np.dtype([("a", "u8"), ("b", "u8"), ("day", "i8")]))
     identity["a"], identity["b"], identity["day"] = words[:, 0], words[:, 1], days
-    if len(np.unique(words[:, 0])) == len(days):
+    in_order = np.sort(words[:, 0])
+    if (in_order[1:] != in_order[:-1]).all():
         return np.ones(len(days), np.bool_)
     first = np.zeros(len(days), np.bool_)
     first[np.unique(identity, return_index=True)[1]] = True

@@ -87,7 +87,9 @@ def content_hash(columns: pa.RecordBatch | pa.Table, names: Iterable[str]) -> ND
 
 def plain_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Give the column as one array whose nulls are all in its own validity, none in a dictionary."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = column
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks copies a single chunk too
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if pa.types.is_dictionary(array.type) and array.dictionary.null_count:
         return array.dictionary_decode()
     return array
