@@ -70,10 +70,10 @@ class Sizes:
 
 
 FULL = Sizes(
-    ingest=Size(14, 6),  # stays below the size at which the server would rewrite its log in the middle
-    stream_chunks=220,
+    ingest=Size(14, 12),  # stays below the size at which the server would rewrite its log in the middle
+    stream_chunks=220,  # likewise
     lookup_rounds=100,
-    worker=Size(16, 4),
+    worker=Size(16, 3),
     worker_free=Size(16, 3),
     sink=Size(40, 3),
     augment_rows=5_000_000,

@@ -38,18 +38,21 @@ _SECONDS = 600.0
 
 def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
     """Give the line. The first round of all only warms up."""
-    with running_service(folder=folder / "service", roles=("api",)) as service:
+    joined = folder / "joined.parquet"
+    with (
+        running_service(folder=folder / "service", roles=("api",)) as service,
+        Reader(_load, Client(service.url)) as loader,  # all three load torch while the tables are written
+        Reader(_read_parquet, joined) as floor,
+        Reader(_load, TableSource(service.folder.root)) as beside,
+    ):
         tables = Folder(str(service.folder.tables))
         with redis.Redis.from_url(service.redis_url, protocol=2) as server:
             declare(server, tables)
         write_closed(tables, num_rows=num_rows)
-        joined = folder / "joined.parquet"
         _write_joined(service, joined)
-        with Reader(_load, Client(service.url)) as loader, Reader(_read_parquet, joined) as floor:
-            measured = [_round(loader, floor, num_rows) for _ in range(rounds + 1)][1:]
-            peaks = {"peak_mb": loader.peak_mb, "api_peak_mb": peak_mb(service.pid_of("api"))}
-        with Reader(_load, TableSource(service.folder.root)) as beside:
-            from_tables = round(num_rows / min(beside.read(num_rows) for _ in range(2)))
+        measured = [_round(loader, floor, num_rows) for _ in range(rounds + 1)][1:]
+        peaks = {"peak_mb": loader.peak_mb, "api_peak_mb": peak_mb(service.pid_of("api"))}
+        from_tables = round(num_rows / min(beside.read(num_rows) for _ in range(2)))
     return to_line(measured, rows=num_rows, batch_rows=BATCH_ROWS, from_tables_rows_per_s=from_tables, **peaks)
 
 

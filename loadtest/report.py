@@ -50,7 +50,7 @@ _WHAT = {
     ),
     "batches_http": ("training batches over HTTP, the same rows, peak of the API {peak_mb:,} MB", "likewise"),
     "loader": (
-        "the loader, the same rows to tensors in batches of {batch_rows:,}, peak of the trainer {peak_mb:,} MB",
+        "the loader, {rows:,} such rows to tensors in batches of {batch_rows:,}, peak of the trainer {peak_mb:,} MB",
         "the joined rows from Parquet with pyarrow, to the same tensors",
     ),
 }
@@ -106,7 +106,8 @@ def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
         used = ", ".join(f"{role} {s:.1f}" for role, s in found["cpu_seconds_per_million"].items())
         yield (
             f"End to end, {found['examples']:,} rows with a nearly free FM, from the first POST to the last row in "
-            f"lookup and in Delta: {found['examples_per_s']:,} examples/s. CPU seconds for a million rows: {used}."
+            "lookup and in Delta, before the server's first rewrite of its log: "
+            f"{found['examples_per_s']:,} examples/s. CPU seconds for a million rows: {used}."
         )
     if "sink" in record:
         spent = record["sink"]["seconds_per_million"]
@@ -119,8 +120,9 @@ def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
         peak_mb = record["augment"].get("to_parquet_peak_mb")  # older results lack it
         peak = "" if peak_mb is None else f", peak {peak_mb:,} MB"
         yield (
-            f"By reference, rows in random order: {random['rows_per_s']:,} rows/s, {random['ratio']:.2f} of the "
-            f"floor. In the order of time with the Parquet file written: "
+            "By reference, rows in random order, one round that nothing has warmed up: "
+            f"{random['rows_per_s']:,} rows/s, {random['ratio']:.2f} of the floor. "
+            "In the order of time with the Parquet file written: "
             f"{record['augment']['to_parquet_rows_per_s']:,} rows/s{peak}."
         )
 
@@ -134,7 +136,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     ]
     head = (
         f"{record['date']}, {on['cores']} cores ({on['cpu']}, {on['memory_gb']} GB, {on['filesystem']}), generator, "
-        "roles and server sharing them."
+        f"roles and server sharing them. The machine's load at the start was {on['load_at_start']}."
     )
     return "\n".join(
         [head, "", "| what | rows/s | floor of the same run | ratio |", "|---|---|---|---|", *rows, ""]

@@ -38,6 +38,7 @@ from schemas.snapshot import MODEL_FILE, Manifest
 
 _CONSUMER = "bench"
 _MOST_SECONDS = 120.0
+_WARM_UP_CHUNKS = 4
 
 
 class WatchedEngine(TorchEngine):
@@ -89,18 +90,20 @@ def measure(folder: Path, *, fm: str, num_chunks: int, rounds: int) -> dict[str,
         pa.set_cpu_count(settings.torch_threads)
         engine = _load(folder / "export", manifest, settings)
         _create_logs(settings, fm)
-        num_rows = num_chunks * CHUNK_ROWS
-        seconds, floors, batches = [], [], 0
+        timed, batches = [], 0
         for i in range(rounds + 1):
-            _append(settings, i * num_rows, num_chunks)
-            seconds.append(_score(settings, fm, engine, num_rows))
+            count = min(num_chunks, _WARM_UP_CHUNKS) if i == 0 else num_chunks
+            _append(settings, i * num_chunks * CHUNK_ROWS, count)
+            seconds = _score(settings, fm, engine, count * CHUNK_ROWS)
             batches += len(engine.prepared)
-            floors.append(engine.forward_alone())
+            timed.append(Round(count * CHUNK_ROWS, seconds, engine.forward_alone()))
     measured = [
-        Round(num_rows, s, (before + after) / 2)
-        for s, (before, after) in zip(seconds[1:], pairwise(floors), strict=True)
+        Round(
+            now.num_rows, now.seconds, (before.floor_seconds * now.num_rows / before.num_rows + now.floor_seconds) / 2
+        )
+        for before, now in pairwise(timed)
     ]
-    mean_rows = num_rows * (rounds + 1) / batches
+    mean_rows = sum(r.num_rows for r in timed) / batches
     return to_line(measured, batch_rows=round(mean_rows), threads=torch.get_num_threads(), device=str(engine.device))
 
 
