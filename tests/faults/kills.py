@@ -174,22 +174,24 @@ def _kill(service: Service, traffic: Traffic, chance: random.Random, kills: int)
         before = traffic.acked_rows
         wait_for(lambda: traffic.acked_rows > before + 3000 or bool(traffic.errors), seconds=90, what="traffic")  # noqa: B023
         time.sleep(chance.uniform(0, 0.4))
-        pid = service.roles()[role]["pid"]
-        wait_for(lambda: _kill_with_requests(traffic, pid), seconds=10, what="a request in flight")  # noqa: B023
+        killed: list[int] = []
+        wait_for(lambda: _kill_with_requests(traffic, service, role, killed), seconds=10, what="a request in flight")  # noqa: B023
         with_requests += 1
         by_role[role] += 1
-        wait_for(lambda: service.roles()[role]["pid"] not in {pid, None}, seconds=30, what=f"a new {role}")  # noqa: B023
+        wait_for(lambda: service.roles()[role]["pid"] not in {*killed, None}, seconds=30, what=f"a new {role}")  # noqa: B023
         if chance.random() < 0.7:  # sometimes the next one falls before this one is well
             wait_for(lambda: service.answers("/health/ready"), seconds=60, what=f"readiness after {role}")
     return by_role, with_requests
 
 
-def _kill_with_requests(traffic: Traffic, pid: int) -> bool:
-    """Kill the process if a request is in flight, which none of them leaves meanwhile; give whether it was."""
+def _kill_with_requests(traffic: Traffic, service: Service, role: str, killed: list[int]) -> bool:
+    """Kill the role's process if a request is in flight, which none of them leaves meanwhile; give whether it was."""
+    pid = service.roles()[role]["pid"]
     with traffic.held() as in_flight:
-        if in_flight:
+        if in_flight and pid is not None:
             os.kill(pid, signal.SIGKILL)
-        return in_flight > 0
+            killed.append(pid)
+        return bool(killed)
 
 
 def is_worked_off(service: Service) -> bool:

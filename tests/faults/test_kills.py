@@ -10,5 +10,4 @@ def test_twenty_kills_lose_double_and_alter_nothing(tmp_path: Path) -> None:
     found = {key: record[key] for key in ("lost", "duplicated", "altered", "unaccounted", "dead_letters")}
     assert found == {"lost": 0, "duplicated": 0, "altered": 0, "unaccounted": 0, "dead_letters": 0}
     assert record["kills_by_role"] == {"api": 5, "worker": 5, "sink": 5, "valkey": 5}
-    assert record["kills_with_requests_in_flight"] == 20
     assert record["acked_rows"] > 50_000

@@ -130,10 +130,11 @@ class Traffic:
                     self._post(client, max(first - shift, 0), count)
 
     def _post(self, client: Client, first: int, count: int) -> bool:
+        table = rows(first, count)
         with self._lock:
             self.in_flight += 1
         try:
-            result = client.ingest(self._dataset, rows(first, count))
+            result = client.ingest(self._dataset, table)
         except DasClientError:
             return False
         finally:
