@@ -53,7 +53,8 @@ def free_port() -> int:
 def server_arguments(folder: Path, *, port: int, maxmemory_bytes: int = 0, appendfsync: str = "always") -> list[str]:
     """Give the arguments of a server that fsyncs before it replies and evicts nothing.
 
-    Its log is written anew at 1 GB, which is read back in some 6 s; what is in it compresses by 4 %.
+    Its log is written anew at 1 GB, later at four times what the last time left; a GB is read back in some 6 s. What is
+    in it compresses by 4 %.
     """
     settings = {
         "port": port, "bind": "127.0.0.1", "dir": folder, "appendonly": "yes", "appendfsync": appendfsync,

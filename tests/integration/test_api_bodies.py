@@ -23,6 +23,7 @@ from schemas.wire import ARROW_STREAM
 from tests.served import Api, arrow_body, examples_table, serve, serve_over_tcp
 from tests.spools import wait_until
 
+# One kind of server is enough: what is asked of it here, test_api_examples.py asks of both.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 
 EXAMPLES = "/v1/datasets/ads/examples"

@@ -20,6 +20,7 @@ from tests.served import serve_over_tcp
 from tests.training import Trained, at, click_of, example, expected_order
 from vm_training import AugmentedDataset
 
+# One kind of server is enough: the rows come from tables.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 
 ROWS = 600

@@ -18,6 +18,7 @@ from schemas import keys
 from schemas.wire import ARROW_STREAM
 from tests.training import SPEC, Read, Trained, at, click_of, example, expected_order
 
+# One kind of server is enough: the rows come from tables.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 
 

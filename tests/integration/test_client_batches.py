@@ -13,6 +13,7 @@ from das_service.client import BatchReader, Client, DasClientError
 from tests.served import serve_over_tcp
 from tests.training import Trained, expected_order
 
+# One kind of server is enough: the rows come from tables.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 
 

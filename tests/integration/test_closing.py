@@ -24,6 +24,7 @@ from das_service.tables.durable_table import DurableTable
 from schemas import keys
 from tests.served import Api, Stand
 
+# One kind of server is enough: labels get into its tables on both in test_labels.py.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 
 START = datetime(2025, 3, 1, 6, tzinfo=UTC)

@@ -25,6 +25,7 @@ from tests.declared import NOON, SPEC, TRAINED_THROUGH, Declared
 from tests.fakes import expected_supervision
 from tests.joining import table_rows
 
+# One kind of server is enough: the rows that judge come from tables.
 pytestmark = pytest.mark.parametrize("shared_server", ["valkey"], indirect=True)
 GATES = {"slice_rows": 400, "min_rows": 100, "max_ne_ratio": 1.02, "calibration": [0.5, 2.0]}
 DAY = timedelta(days=1)

@@ -1,13 +1,18 @@
 """Memory that was freed: what the API's bodies and answers are made in, again and again."""
 
 import ctypes
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from das_service.up.embedded import server_environment
+from das_service.freed_memory import KEPT_BYTES
+from das_service.up.embedded import server_environment, start_server
+from das_service.up.service_layout import lay_out
+from das_service.up.supervisor import Supervisor
 
 _FAULTS = """
 import resource
@@ -35,6 +40,15 @@ def test_memory_that_was_freed_is_not_fetched_from_the_kernel_again() -> None:
 
 def test_nor_is_it_by_a_server_that_has_no_allocator_of_its_own() -> None:
     assert _page_faults("", server_environment()) < 1_000
+
+
+def test_whoever_starts_the_server_gives_it_that_environment(tmp_path: Path) -> None:
+    env = shutil.which("env")
+    assert env is not None
+    start_server([], program=Path(env), log_file=tmp_path / "log").wait()
+    assert f"MALLOC_TRIM_THRESHOLD_={KEPT_BYTES}" in (tmp_path / "log").read_text().splitlines()
+    program = Supervisor(lay_out(tmp_path, roles=(), port=0), say=print)._server_program(0)
+    assert program.environment == server_environment()
 
 
 def test_what_the_user_says_of_malloc_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
