@@ -1,10 +1,10 @@
 """Augment: a caller's rows joined with as many rows of supervision, by reference and over HTTP.
 
 By reference is measured at its Arrow output, in a process that joins and does nothing else, and the floor in another
-(`loadtest.join`), in turn; each has joined once before. Beside it: for callers whose rows are in random order, and
-once with the Parquet file written (`Client.augment_files`, which starts a process; its peak is told). Over HTTP:
-`Client.augment` against a real API, from a table in memory to a table in memory, embeddings as encoded. `python -m
-loadtest.augment` prints the lines; `--num-rows 20000000` shows that memory does not grow with the rows.
+(`loadtest.join`); over HTTP is `Client.augment` against a real API, from a table in memory to a table in memory,
+embeddings as encoded. The three take turns; each has joined once before. Beside it: for callers whose rows are in
+random order, and once with the Parquet file written (`Client.augment_files`, which starts a process; its peak is told).
+`python -m loadtest.augment` prints the lines; `--num-rows 20000000` shows that memory does not grow with the rows.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from das_service.up.supervisor import RunningService, running_service
 from loadtest.join import DATASET, FM
 from loadtest.lines import Round, peak_mb, say, to_line
 from loadtest.report import ROOT
-from loadtest.supervision_table import CallerFiles, declare, write
+from loadtest.supervision_table import declare, write
 
 Record = dict[str, Any]
 _JOIN_SECONDS = 300.0
@@ -89,29 +89,21 @@ def measure(folder: Path, *, num_rows: int, rounds: int) -> Record:
         start = time.perf_counter()
         files = write(tables, folder, num_rows=num_rows)
         say(f"      {num_rows:,} rows of supervision committed in {time.perf_counter() - start:.0f} s")
-        with Joiner("floor", service) as floor:
-            lines = {"augment": _by_reference(service, floor, files, num_rows, rounds)}
-            join = partial(_over_http, service.url)
-            measured, _ = _in_turn(join, floor, files.in_time_order, num_rows, max(1, rounds - 1))
-        lines["augment_http"] = to_line(measured, rows=num_rows, peak_mb=peak_mb(service.pid_of("api")))
-    return lines
-
-
-def _by_reference(service: RunningService, floor: Joiner, files: CallerFiles, num_rows: int, rounds: int) -> Record:
-    with Joiner("das", service) as das:
-        in_order, peak_mb = _in_turn(das.join, floor, files.in_time_order, num_rows, rounds)
-        random, random_peak_mb = _in_turn(
-            das.join, floor, files.in_random_order, num_rows, max(1, rounds // 2), is_warm=True
-        )
-    written = _to_parquet(service, files.in_time_order)
-    return to_line(
-        in_order,
+        with Joiner("floor", service) as floor, Joiner("das", service) as das:
+            sides = [floor.join, das.join, partial(_over_http, service.url)]
+            in_order = _in_turn(sides, files.in_time_order, num_rows, rounds + 1)[1:]  # the first one warms up
+            random = _in_turn(sides[:2], files.in_random_order, num_rows, max(1, rounds // 2))
+        written = _to_parquet(service, files.in_time_order)
+        over_http = to_line(_rounds(in_order, 2), rows=num_rows, peak_mb=peak_mb(service.pid_of("api")))
+    by_reference = to_line(
+        _rounds(in_order, 1),
         rows=num_rows,
-        peak_mb=peak_mb,
-        random_order={**to_line(random), "peak_mb": random_peak_mb},
+        peak_mb=in_order[-1][1]["peak_mb"],
+        random_order={**to_line(_rounds(random, 1)), "peak_mb": random[-1][1]["peak_mb"]},
         to_parquet_rows_per_s=round(num_rows / written["seconds"]),
         to_parquet_peak_mb=written["peak_mb"],
     )
+    return {"augment": by_reference, "augment_http": over_http}
 
 
 def _to_parquet(service: RunningService, caller: Path) -> Record:
@@ -145,24 +137,26 @@ def _over_http(url: str, caller: Path) -> Record:
     return {"rows": sum(s["counts"] for s in statuses if s["values"] == "present"), "seconds": seconds}
 
 
-def _in_turn(
-    join: Callable[[Path], Record], floor: Joiner, caller: Path, num_rows: int, rounds: int, *, is_warm: bool = False
-) -> tuple[list[Round], int]:
-    """Give the rounds and the peak of memory that the joining process tells; is_warm: no round only warms up.
+def _in_turn(sides: Sequence[Callable[[Path], Record]], caller: Path, num_rows: int, rounds: int) -> list[list[Record]]:
+    """Give what each side says, round by round; every other round goes in the other order.
 
     Raises:
         RuntimeError: Not every row came out with supervision.
     """
-    measured, peak_mb = [], 0
-    for i in range(rounds if is_warm else rounds + 1):
-        sides = (join, floor.join) if i % 2 else (floor.join, join)
-        answers = {side: side(caller) for side in sides}
+    found = []
+    for i in range(rounds):
+        places = range(len(sides))
+        answers = {place: sides[place](caller) for place in (reversed(places) if i % 2 else places)}
         for answer in answers.values():
             if answer["rows"] != num_rows:
                 raise RuntimeError(f"{answer['rows']} of {num_rows} rows came out")
-        measured.append(Round(num_rows, answers[join]["seconds"], answers[floor.join]["seconds"]))
-        peak_mb = answers[join].get("peak_mb", 0)
-    return measured[-rounds:], peak_mb
+        found.append([answers[place] for place in places])
+    return found
+
+
+def _rounds(found: list[list[Record]], place: int) -> list[Round]:
+    """Give the rounds of the side at that place; the floor is the first one."""
+    return [Round(answers[place]["rows"], answers[place]["seconds"], answers[0]["seconds"]) for answers in found]
 
 
 def main() -> None:
