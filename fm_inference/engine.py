@@ -197,13 +197,19 @@ class TorchEngine:
         """Give bytes (B, W) for the codecs that a device packs as numpy does, else the floats."""
         codec = self.manifest.outputs.embeddings[name].codec
         if codec == "float32":
-            return vectors_BD.contiguous().view(torch.uint8)
+            return _as_bytes(vectors_BD)
         if codec == "float16":
-            return vectors_BD.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().contiguous().view(torch.uint8)
+            return _as_bytes(vectors_BD.clamp(-FLOAT16_MAX, FLOAT16_MAX).half())
         return vectors_BD
 
     def _encoded(self, name: str, values: NDArray[Any]) -> NDArray[np.uint8]:
         return values if values.dtype == np.uint8 else encode(values, self.manifest.outputs.embeddings[name].codec)
+
+
+def _as_bytes(vectors_BD: torch.Tensor) -> torch.Tensor:
+    """Give (B, W) uint8. By way of a flat tensor: of a (B, 1) that counts as contiguous the last stride may be B."""
+    flat = vectors_BD.contiguous().reshape(-1)
+    return flat.view(torch.uint8).view(len(vectors_BD), vectors_BD.shape[1] * vectors_BD.element_size())
 
 
 def choose_device(name: str) -> torch.device:

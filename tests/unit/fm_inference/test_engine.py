@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,26 @@ def test_dtypes_and_widths(engine: TorchEngine, rows: pa.Table) -> None:
     }
 
 
-@given(values=hnp.arrays(np.float32, (3, 5), elements=FLOATS), codec=st.sampled_from(CODECS))
-def test_a_device_packs_as_the_codec_does(values: NDArray[np.float32], codec: Codec, engine: TorchEngine) -> None:
-    packed = engine._packed(f"e_{codec}", torch.from_numpy(values)).numpy()
-    assert np.array_equal(engine._encoded(f"e_{codec}", packed), encode(values, codec))
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "plain": lambda x: x,
+    "by column": lambda x: torch.stack(list(x.t())).t(),  # one column is "contiguous" with a last stride of 3
+    "a part": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "repeated": lambda x: x[:1].expand(3, -1),
+    "no rows": lambda x: x[:0],
+}
+
+
+@given(
+    values=hnp.arrays(np.float32, st.tuples(st.just(3), st.sampled_from([1, 5])), elements=FLOATS),
+    codec=st.sampled_from(CODECS),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_a_device_packs_as_the_codec_does(
+    values: NDArray[np.float32], codec: Codec, layout: str, engine: TorchEngine
+) -> None:
+    vectors_BD = LAYOUTS[layout](torch.from_numpy(values))
+    packed = engine._packed(f"e_{codec}", vectors_BD).numpy()
+    assert np.array_equal(engine._encoded(f"e_{codec}", packed), encode(vectors_BD.numpy(), codec))
 
 
 def test_no_rows_give_no_scores_and_do_not_reach_the_model(tmp_path: Path) -> None:
