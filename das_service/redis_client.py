@@ -74,6 +74,8 @@ def connect(
         socket_timeout=timeout_seconds,
         socket_connect_timeout=2.0,
         socket_keepalive=True,
+        max_connections=100
+        + 2 * settings.max_concurrent_requests,  # a request holds two at most; the pool's default is 100
         retry=Retry(NoBackoff(), 0),
         command_packer=PythonRespSerializer(_COPIED_BYTES, Encoder("utf-8", "strict", decode_responses=False).encode),
         redis_connect_func=greet,

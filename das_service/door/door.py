@@ -88,7 +88,7 @@ async def _refuse_head(request: Request, max_bytes: int, too_large: TooLargeErro
 
 
 def _stated_bytes(request: Request) -> int:
-    stated = request.headers.get("content-length", "")
+    stated = request.headers.get("content-length", "").strip()
     return int(stated.lstrip("0")[:_MOST_DIGITS] or 0) if stated.isdecimal() else 0
 
 
@@ -113,7 +113,7 @@ async def _iter_pieces(
             async with asyncio.timeout_at(min(loop.time() + timeout_seconds, whole_by)):
                 message = await request.receive()
         except TimeoutError:
-            detail = f"the body came too slowly: nothing for {timeout_seconds:g} s, or not whole in time"
+            detail = f"the body came too slowly: nothing for some {timeout_seconds:g} s, or not whole in time"
             raise DasError(detail, code="body_timeout", http_status=408) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

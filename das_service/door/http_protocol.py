@@ -20,6 +20,8 @@ SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 READ_AHEAD_BYTES = 1024 * 1024
 WAKE_BYTES, WAKE_SECONDS = READ_AHEAD_BYTES // 2, 1.0
 RECEIVE_INTO = "receive_into"  # in a request's state
+_HAS_BODY = {b"content-length", b"transfer-encoding"}
+_NO_UPGRADE = "a request with a body may ask for no upgrade: send plain HTTP/1.1 (Java: HttpClient.Version.HTTP_1_1)"
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -70,6 +72,9 @@ class BoundedHttp(HttpToolsProtocol):
         """Hand the request over."""
         self._end_head()
         self._unread_bytes = self._body_bytes = 0
+        if self.parser.should_upgrade() and _HAS_BODY & {name for name, _ in self.headers}:
+            self._refuse(400, "malformed", _NO_UPGRADE)  # the parser would take the body for the other protocol's
+            return
         super().on_headers_complete()
         self.scope["state"][RECEIVE_INTO] = partial(_receive_into, weakref.ref(self), weakref.ref(self.cycle))
 
@@ -99,8 +104,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Hand over the rest of the body."""
-        self._hand_over()
-        super().on_message_complete()
+        if self.cycle is not None:  # none if the first head was refused
+            self._hand_over()
+            super().on_message_complete()
 
     def receive_into(self, cycle: RequestResponseCycle, place: memoryview) -> bool:
         """Let a request's body go to its place, whose length is the stated one; its reader then gets empty pieces.
@@ -157,6 +163,9 @@ class BoundedHttp(HttpToolsProtocol):
         """Go on: it has taken it."""
         self._end_write()
         super().resume_writing()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: a request without a body is answered as if it had not asked (RFC 9110, 7.8)."""
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""

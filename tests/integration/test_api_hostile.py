@@ -273,6 +273,21 @@ def test_what_is_no_http_is_400(port: int, sent: bytes) -> None:
     assert told(talk(port, sent)) == (400, "malformed")
 
 
+H2C = b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"Content-Length: 9000\r\n\r\n" + b" " * 9000, b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n"],
+    ids=["length", "chunks"],
+)
+def test_an_upgrade_is_refused_with_a_body_and_ignored_without(port: int, body: bytes) -> None:
+    received = talk(port, POST + H2C + body)
+    assert told(received) == (400, "malformed")
+    assert b"HTTP_1_1" in received
+    assert talk(port, b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + H2C + b"\r\n").startswith(b"HTTP/1.1 200 ")
+
+
 def test_chunks_without_a_length_are_413_once_they_are_too_many(port: int) -> None:
     chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
 
