@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -111,10 +110,10 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take notice of a signal to end."""
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End. What waits for news ends its answers; not said by the signal's handler, which may wait for no lock."""
         self.config.app.state.stopping.set()  # type: ignore[union-attr]
-        super().handle_exit(sig, frame)
+        await super().shutdown(sockets=sockets)
 
 
 def server_config(settings: Settings) -> uvicorn.Config:

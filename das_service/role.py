@@ -7,7 +7,6 @@ and SIGINT set `stopping`; threads finish what they hold within the drain deadli
 import json
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from das_service.beats import BEAT_SECONDS, beat, forget, reachable_url
 from das_service.metrics import Metrics
 from das_service.redis_client import UNREACHABLE
 from das_service.settings import Settings
+from das_service.stop_signals import set_by_signals
 
 log = logging.getLogger("das.role")
 Health = Callable[[], list[str]]
@@ -53,8 +53,13 @@ def run_role(
 
     health gives what is wrong, in plain words (empty = ready); info goes into the beats.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: context.stopping.set())
+    with set_by_signals(context.stopping):
+        return _run(context, threads, health, info)
+
+
+def _run(
+    context: RoleContext, threads: Mapping[str, Callable[[], None]], health: Health, info: Callable[[], dict[str, Any]]
+) -> int:
     server = _start_probe(context, health)
     failed = threading.Event()
     everything = {**threads, "beat": lambda: _beat_until_stopped(context, info)}

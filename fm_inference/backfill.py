@@ -26,6 +26,7 @@ from das_service.redis_client import connect
 from das_service.registry import Catalog, read_catalog
 from das_service.settings import Settings, SettingsError, load_settings
 from das_service.snapshot_folder import SnapshotError
+from das_service.stop_signals import set_by_signals
 from fm_inference.backfill_run import Backfill, BackfillQuery, Tally
 from fm_inference.lane import refusal
 from fm_inference.outputs import first_line
@@ -132,17 +133,8 @@ def _only_dataset(catalog: Catalog) -> str:
 def _stopped_by_signals() -> Iterator[threading.Event]:
     """Give an event that SIGINT and SIGTERM set; a second one ends the process as usual."""
     stopping = threading.Event()
-
-    def stop(number: int, _: object) -> None:
-        stopping.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with set_by_signals(stopping, also=lambda number: signal.signal(number, signal.SIG_DFL)):
         yield stopping
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

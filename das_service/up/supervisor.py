@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -24,6 +23,7 @@ from das_service.beats import BEAT_SECONDS, beat, forget, instance_name
 from das_service.client import Client
 from das_service.client.errors import DasClientError
 from das_service.redis_client import connect
+from das_service.stop_signals import set_by_signals
 from das_service.up.children import Child, Ended, Program, cap_log, rotate_log
 from das_service.up.embedded import (
     NoServerError,
@@ -81,7 +81,7 @@ class Supervisor:
             NoServerError: There is no Valkey or Redis server, or it does not start.
             SupervisorError: A role is wrongly configured.
         """
-        with owned(self._layout.folder) as lock, self._signals_heard():
+        with owned(self._layout.folder) as lock, set_by_signals(self._stopping, _STOP_SIGNALS, also=self._count):
             try:
                 self._start_everything(lock)
                 reporter = threading.Thread(target=self._report, name="report", daemon=True)
@@ -233,18 +233,8 @@ class Supervisor:
 
     # ---- stop
 
-    @contextlib.contextmanager
-    def _signals_heard(self) -> Iterator[None]:
-        def hear(_number: int, _frame: FrameType | None) -> None:
-            self._signals += 1
-            self._stopping.set()
-
-        former = {number: signal.signal(number, hear) for number in _STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+    def _count(self, _: int) -> None:
+        self._signals += 1
 
     def _stop_everything(self) -> None:
         by_role = {child.role: child for child in self._children}
