@@ -6,6 +6,7 @@ and never past the deadline.
 """
 
 import contextlib
+import io
 import math
 import random
 import time
@@ -133,7 +134,7 @@ class Caller:
         """Give the answer, or why there is none and how long the service asks to wait."""
         seconds = max(0.05, min(call.attempt_seconds, deadline - self._clock.monotonic()))
         try:
-            response = self._http.request(
+            with self._http.stream(
                 call.method,
                 call.path,
                 params=call.params,
@@ -141,7 +142,8 @@ class Caller:
                 json=call.json,
                 content=call.content,
                 timeout=httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
-            )
+            ) as answer:
+                response = _whole(answer)
         except httpx.TransportError as error:
             return self._unreachable(error), 0.0
         if response.is_success:
@@ -153,6 +155,16 @@ class Caller:
         what = str(error) or type(error).__name__
         can_help = not isinstance(error, httpx.LocalProtocolError)  # what we may not send at all
         return UnreachableError(f"no answer from {self.url}: {what}", code="unreachable", retryable=can_help)
+
+
+def _whole(answer: httpx.Response) -> httpx.Response:
+    """Give an answer with its body, gathered in one place: httpx would hold all its pieces and then copy them."""
+    body = io.BytesIO()
+    for piece in answer.iter_bytes():
+        body.write(piece)
+    headers = answer.headers.copy()
+    headers.pop("content-encoding", None)  # it is decoded
+    return httpx.Response(answer.status_code, headers=headers, content=body.getvalue(), request=answer.request)
 
 
 def _checked_url(url: str) -> str:
