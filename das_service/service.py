@@ -26,6 +26,7 @@ from das_service.metrics import Metrics
 from das_service.redis_client import connect
 from das_service.registry import Catalog
 from das_service.settings import Settings
+from das_service.supervision.buffers import BufferPool
 from das_service.supervision.coverage import Coverage
 from das_service.tables.duck import Duck
 from das_service.watch.monitor import Monitor
@@ -79,6 +80,7 @@ class Service:
     augments: Permits
     readers: Permits
     duck: Duck
+    buffers: BufferPool
     page_budget: PageBudget
     page_pool: ThreadPoolExecutor
     coverage: Coverage
@@ -123,6 +125,11 @@ class Service:
             if is_held:
                 self.turns.release()
 
+    def free_buffers(self) -> None:
+        """Give the memory of the last window back once nobody's table is joined."""
+        if self.augments.are_free:
+            self.buffers.clear()
+
     def close(self) -> None:
         """Stop the background threads and close the connections."""
         self.monitor.stop()
@@ -162,6 +169,7 @@ def build_service(settings: Settings, *, metrics: Metrics, tokens: Tokens, stopp
         augments=Permits(settings.max_concurrent_augments),
         readers=Permits(settings.max_concurrent_readers),
         duck=Duck(memory_bytes=settings.duckdb_memory_bytes, joins_as_written=True),
+        buffers=BufferPool(),
         page_budget=PageBudget(total_bytes=settings.batches_memory_bytes),
         page_pool=page_pool(),
         coverage=Coverage(metrics),

@@ -33,6 +33,11 @@ class Permits:
         self._total = total
         self._free = total
 
+    @property
+    def are_free(self) -> bool:
+        """Whether nobody holds one."""
+        return self._free == self._total
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Hold a permit, or refuse at once.

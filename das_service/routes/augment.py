@@ -76,6 +76,7 @@ async def post_augment(
     )
     settings = service.settings
     async with AsyncExitStack() as held:
+        held.callback(service.free_buffers)  # after all else
         held.enter_context(service.augments.hold())
         spool = await held.enter_async_context(
             spooled(
@@ -119,7 +120,9 @@ def _answer(
     elif not query.fms:
         raise InvalidRowsError("say which FMs are asked: ?fms=...", code="invalid_body")
     catalog = service.catalog.current()
-    join = OfflineJoin(service.duck, service.tables, catalog, dataset, query, client=service.client)
+    join = OfflineJoin(
+        service.duck, service.tables, catalog, dataset, query, client=service.client, pool=service.buffers
+    )
     echo = columns == "all"
     added = join.schema.names if echo else ()
     if upload is None:

@@ -59,10 +59,12 @@ class OfflineJoin:
         *,
         client: redis.Redis | None,
         limits: Mapping[str, Limits] | None = None,
+        pool: BufferPool | None = None,
     ) -> None:
         """Look at the tables; client: the online store, None if it can't be asked (what is on the way is missing).
 
-        limits: by FM what counts, for windows that know their rows' partitions; then there is no client.
+        limits: by FM what counts, for windows that know their rows' partitions; then there is no client. pool: of a
+        process that joins again and again, default one of its own.
 
         Raises:
             UnknownNameError: The dataset or an FM is not declared.
@@ -76,7 +78,7 @@ class OfflineJoin:
             records = [limits[record.fm].known(record) for record in records]
         self._duck = duck
         self._query = query
-        self._pool = BufferPool()
+        self._pool = pool or BufferPool()
         self._fms = [FmTables.open(folder, catalog, dataset, record, client) for record in records]
 
     @property

@@ -15,6 +15,7 @@ from das_service.metrics import Metrics
 from das_service.role import RoleContext
 from das_service.settings import Settings
 from das_service.sink.sink import Sink
+from das_service.supervision.buffers import BufferPool
 from das_service.up.embedded import find_server, free_port
 from schemas.wire import ARROW_STREAM, END_OF_STREAM, JSON, read_table
 from tests.conftest import Server, make_settings
@@ -271,6 +272,28 @@ def test_two_hundred_thousand_rows_are_one_answer(scored: Api, compression: str)
 
     assert found["row"].to_numpy().tolist() == list(range(200_000))
     assert found["f__click__logit"].to_pylist() == [float(i) if i < 20 else None for i in numbers]
+
+
+def test_the_buffers_of_a_long_table_are_given_back_once_no_table_is_joined(
+    scored: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay from window to window and from request to request, as long as these follow each other."""
+    kept: list[int] = []
+
+    def cleared(pool: BufferPool) -> None:
+        kept.append(pool.free_bytes)
+        clear(pool)
+        kept.append(pool.free_bytes)
+
+    clear = BufferPool.clear
+    monkeypatch.setattr(BufferPool, "clear", cleared)
+    num_rows = 300_000  # of eight bytes and more: longer than what is taken from malloc
+
+    found = augmented(scored, mine([f"e{i % 10}" for i in range(num_rows)]), columns="supervision")
+
+    assert found["f__click__logit"].to_pylist() == [float(i % 10) for i in range(num_rows)]
+    assert kept[0] > 8 * num_rows
+    assert kept[1:] == [0]
 
 
 # ---- bad input

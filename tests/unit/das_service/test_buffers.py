@@ -41,6 +41,19 @@ def test_memory_that_nobody_refers_to_is_given_again() -> None:
     assert address(pool.empty((MIB - 5,), np.dtype(np.int64))) == place
 
 
+def test_no_more_is_kept_than_may_be() -> None:
+    pool = BufferPool(most_free_bytes=6 * MIB)
+    arrays = [pool.empty((4 * MIB,), np.dtype(np.uint8)) for _ in range(3)]
+    assert pool.free_bytes == 0
+    del arrays
+    gc.collect()
+
+    assert pool.free_bytes == 4 * MIB
+
+    pool.clear()
+    assert pool.free_bytes == 0
+
+
 @given(st.lists(st.tuples(st.integers(0, 5 * MIB), st.booleans()), max_size=30))
 def test_arrays_that_are_held_never_overlap(asked: list[tuple[int, bool]]) -> None:
     pool = BufferPool()
