@@ -73,14 +73,14 @@ FULL = Sizes(
     ingest=Size(14, 12),  # stays below the size at which the server would rewrite its log in the middle
     stream_chunks=220,  # likewise
     lookup_rounds=100,
-    worker=Size(16, 3),
+    worker=Size(13, 3),
     worker_free=Size(16, 2),
     sink=Size(40, 3),
     augment_rows=5_000_000,
     augment_rounds=3,
     batches_rows=600_000,
     batches_rounds=3,
-    loader_rows=300_000,
+    loader_rows=200_000,
     loader_rounds=3,
 )
 QUICK = Sizes(
