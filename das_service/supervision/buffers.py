@@ -25,6 +25,7 @@ class BufferPool:
     def __init__(self, most_free_bytes: int = MOST_FREE_BYTES) -> None:
         self._most_free_bytes = most_free_bytes
         self._free: list[mmap.mmap] = []
+        self._keeps = True
         self._lock = threading.Lock()
 
     @property
@@ -33,8 +34,10 @@ class BufferPool:
         return sum(map(len, self._free))
 
     def clear(self) -> None:
-        """Keep nothing of what is free now."""
-        self._free.clear()
+        """Keep nothing of what is free now or, after an error that still refers to it, soon; until the next array."""
+        with self._lock:
+            self._keeps = False
+            self._free.clear()
 
     def empty(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> NDArray[Any]:
         """Give an array that holds whatever its memory held last."""
@@ -42,6 +45,7 @@ class BufferPool:
         num_bytes = num_items * kind.itemsize
         if num_bytes < _STEP_BYTES:
             return np.empty(shape, kind)
+        self._keeps = True
         pages = self._take(num_bytes)
         lease = (ctypes.c_char * num_bytes).from_buffer(pages)
         weakref.finalize(lease, self._take_back, pages).atexit = False
@@ -49,7 +53,7 @@ class BufferPool:
 
     def _take_back(self, pages: mmap.mmap) -> None:
         """Keep a mapping that nobody refers to. Called wherever the last reference goes, so it may wait for no lock."""
-        if self.free_bytes + len(pages) <= self._most_free_bytes:
+        if self._keeps and self.free_bytes + len(pages) <= self._most_free_bytes:
             self._free.append(pages)
 
     def _take(self, num_bytes: int) -> mmap.mmap:

@@ -54,6 +54,20 @@ def test_no_more_is_kept_than_may_be() -> None:
     assert pool.free_bytes == 0
 
 
+def test_what_an_error_held_while_the_pool_was_cleared_is_not_kept() -> None:
+    pool = BufferPool()
+    array = pool.empty((4 * MIB,), np.dtype(np.uint8))
+    pool.clear()
+    del array
+    gc.collect()
+    assert pool.free_bytes == 0
+
+    array = pool.empty((4 * MIB,), np.dtype(np.uint8))
+    del array
+    gc.collect()
+    assert pool.free_bytes == 4 * MIB
+
+
 @given(st.lists(st.tuples(st.integers(0, 5 * MIB), st.booleans()), max_size=30))
 def test_arrays_that_are_held_never_overlap(asked: list[tuple[int, bool]]) -> None:
     pool = BufferPool()

@@ -15,6 +15,7 @@ _WAITING = textwrap.dedent("""
     import signal, sys, threading, time
     from das_service.stop_signals import set_by_signals
 
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for those that come late
     stopping = threading.Event()
     heard = 0
     with set_by_signals(stopping, (signal.SIGUSR1,)):
