@@ -7,6 +7,7 @@ and SIGINT set `stopping`; threads finish what they hold within the drain deadli
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ def run_role(
 
     health gives what is wrong, in plain words (empty = ready); info goes into the beats.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # what comes after the block changes nothing any more
     with set_by_signals(context.stopping):
         return _run(context, threads, health, info)
 

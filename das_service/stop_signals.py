@@ -35,9 +35,9 @@ def set_by_signals(
         while came.get() != _NO_MORE:
             stopping.set()
 
-    threading.Thread(target=tell, name="signals", daemon=True).start()
     former = {number: signal.signal(number, hear) for number in numbers}
     try:
+        threading.Thread(target=tell, name="signals", daemon=True).start()
         yield
     finally:
         for number, handler in former.items():
